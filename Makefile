@@ -1,0 +1,37 @@
+# Each target does its own set-up: a fresh clone and a Python of 3.11 or later are enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+DEMO   := runs/demo
+
+.PHONY: demo test test-cluster test-slow bench lint clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+# The main job on a simulated cohort. Run it again: what is done is not done again.
+demo: $(READY)
+	test -d $(DEMO)/raw || $(BIN)/cmrhpc phantom $(DEMO)/raw --patients 40 --seed 1
+	test -f $(DEMO)/study.toml || $(BIN)/cmrhpc init $(DEMO) --study demo --raw $(DEMO)/raw
+	$(BIN)/cmrhpc run $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not cluster"
+
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -m cluster
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
