@@ -1,0 +1,57 @@
+"""Errors that users see: what is wrong, where, and how to mend it. Each kind has its exit code."""
+
+from __future__ import annotations
+
+
+class CmrhpcError(Exception):
+    """Base of every error that is reported as one message and never as a traceback.
+
+    what: one sentence, what is wrong. where: file, row, field. mend: how to mend it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", mend: str = ""):
+        self.what, self.where, self.mend = what, where, mend
+        super().__init__(what, where, mend)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.mend:
+            lines.append(f"  mend:  {self.mend}")
+        return "\n".join(lines)
+
+
+class UsageError(CmrhpcError):
+    """The command was called wrongly."""
+
+    exit_code = 2
+
+
+class BadInput(CmrhpcError):
+    """Data, study file, profile or a shard from elsewhere cannot be used."""
+
+    exit_code = 3
+
+
+class Incomplete(CmrhpcError):
+    """Tasks failed or are missing; what exists was kept."""
+
+    exit_code = 4
+
+
+class Damage(CmrhpcError):
+    """A file is damaged, or a patient leaks from training into test."""
+
+    exit_code = 5
+
+
+class Checkpointed(CmrhpcError):
+    """Stopped on request after a checkpoint was saved: run the same task again."""
+
+    exit_code = 75
+
+
+EXIT_INTERRUPTED = 130

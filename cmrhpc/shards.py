@@ -1,0 +1,423 @@
+"""Shards: HDF5 files written once by one task, with a checksum in front, provenance inside and nothing hidden.
+
+A shard starts with an HDF5 user block of 512 bytes that holds the sha256 of everything after it. A reader checks it
+before the HDF5 library opens the file, because one flipped bit of metadata can hang that library. `content_sha256`
+covers datasets, schema, task, settings, seed and inputs and nothing else, so that two runs can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cmrhpc import files
+from cmrhpc.errors import BadInput
+
+if TYPE_CHECKING:
+    import h5py
+
+USER_BLOCK = 512
+MAGIC = b"cmrhpc shard 1\nsha256 "
+MAX_ATTRIBUTE_BYTES = 64 * 1024  # of an HDF5 attribute; longer values are stored as byte datasets
+MAX_DATASET_BYTES = 2**40
+MAX_NAMES = 10_000
+_CHUNK = 8 * 2**20
+_KINDS = {"f4", "f8", "u1", "i8"}
+_DATA_NAME = re.compile(r"[a-z0-9_]{1,64}")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A dataset that is written block by block along its first axis, in bounded memory."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    blocks: Iterable[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard says of itself, without its datasets."""
+
+    schema: str
+    task: dict[str, Any]
+    settings: dict[str, Any]
+    settings_sha256: str
+    inputs: dict[str, str]
+    content_sha256: str
+    seed: int
+    attributes: dict[str, Any]
+    files: dict[str, str]
+    info: dict[str, Any]
+    data_sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shard(Header):
+    """A shard whose checksum held when it was read. `shard["image"]` reads one dataset."""
+
+    path: Path = field(default=Path())
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.shapes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(name)
+
+    def read(self, name: str, rows: Any = slice(None)) -> np.ndarray:
+        """One dataset, or its `rows` along the first axis. Raises BadInput when the shard has none of that name."""
+        if name not in self.shapes:
+            raise BadInput(f'no dataset "{name}"', str(self.path), f"it holds {', '.join(self.names)}")
+        with _opened(self.path) as file:
+            return np.asarray(file[name][rows])
+
+    def strings(self, name: str) -> list[str]:
+        """A dataset of fixed-length bytes as text."""
+        return [value.decode("utf-8", "replace") for value in self.read(name).tolist()]
+
+
+def canonical(value: Any) -> str:
+    """JSON text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha256_of(value: Any) -> str:
+    """sha256 of a JSON-able value, or of bytes."""
+    return hashlib.sha256(value if isinstance(value, bytes) else canonical(value).encode()).hexdigest()
+
+
+def sha256_file(path: Path, start: int = 0) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def text_array(values: Iterable[str], length: int = 32) -> np.ndarray:
+    """Texts as fixed-length bytes. Raises BadInput for one that does not fit."""
+    encoded = [value.encode() for value in values]
+    for value in encoded:
+        if len(value) > length:
+            raise BadInput(f"an id of {len(value)} bytes", value[:40].decode("utf-8", "replace"), f"at most {length}")
+    return np.array(encoded, dtype=f"S{length}")
+
+
+def content_hash(header: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """`header`: schema, task, settings_sha256, seed, inputs, attributes; `data`: sha256 per dataset."""
+    return sha256_of({"header": dict(header), "data": dict(data)})
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_shard(
+    path: Path,
+    datasets: Mapping[str, np.ndarray | Blocks],
+    *,
+    schema: str,
+    task: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    seed: int,
+    attributes: Mapping[str, Any] | None = None,
+    companions: Mapping[str, bytes] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a shard and its companions; companions are renamed first, the shard last. Returns the content hash.
+
+    attributes: JSON-able values that are content (classes, best step). info: texts and numbers that are not (seconds, device).
+    companions: file ending -> bytes, written beside the shard (weights, log, picture).
+    Raises BadInput when the file system refuses; an older shard of that name then stays as it was.
+    """
+    path = Path(path)
+    companions = companions or {}
+    names = {ending: path.with_suffix(ending).name for ending in companions}
+    header = {
+        "schema": schema,
+        "task": dict(task),
+        "settings_sha256": sha256_of(dict(settings)),
+        "seed": seed,
+        "inputs": dict(inputs),
+        "attributes": dict(attributes or {}),
+    }
+    with files.atomic_path(path) as temporary:
+        hashes = _write_datasets(temporary, datasets)
+        content = content_hash(header, hashes)
+        told = header | {
+            "settings": dict(settings),
+            "content_sha256": content,
+            "data_sha256": hashes,
+            "files": {names[ending]: sha256_of(data) for ending, data in companions.items()},
+            "attributes": sorted(header["attributes"]),
+        }
+        told |= {name: canonical(value) for name, value in header["attributes"].items()}
+        told |= _provenance() | dict(info or {})
+        _write_header(temporary, told)
+        _stamp(temporary)
+        for ending, data in companions.items():
+            files.atomic_write(path.with_suffix(ending), data)
+    return content
+
+
+def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> dict[str, str]:
+    import h5py
+
+    hashes = {}
+    with h5py.File(path, "w", userblock_size=USER_BLOCK, libver=("earliest", "v110")) as file:
+        for name in sorted(datasets):
+            data = datasets[name]
+            blocks = data if isinstance(data, Blocks) else Blocks(data.shape, data.dtype.str, [np.asarray(data)])
+            kind = np.dtype(blocks.dtype)
+            if not _DATA_NAME.fullmatch(name) or not (kind.kind == "S" or kind.str[1:] in _KINDS):
+                raise ValueError(f"dataset {name} of type {kind} has no place in a shard")
+            stored = file.create_dataset(name, blocks.shape, kind, track_times=False)
+            digest, row = hashlib.sha256(f"{kind.str}{tuple(blocks.shape)}".encode()), 0
+            for block in blocks.blocks:
+                block = np.ascontiguousarray(block, kind)
+                if block.size:
+                    stored[row : row + len(block)] = block
+                digest.update(block)
+                row += len(block)
+            if row != blocks.shape[0]:
+                raise ValueError(f"dataset {name} has {row} rows, {blocks.shape[0]} were announced")
+            hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def _write_header(path: Path, told: Mapping[str, Any]) -> None:
+    import h5py
+
+    with h5py.File(path, "r+", libver=("earliest", "v110")) as file:
+        for name, value in told.items():
+            text = value if isinstance(value, str) else canonical(value)
+            if isinstance(value, int | float):
+                file.attrs[name] = value
+            elif len(text.encode()) < MAX_ATTRIBUTE_BYTES - 1024:
+                file.attrs[name] = np.bytes_(text.encode())
+            else:  # an HDF5 attribute holds 64 KiB at most
+                file.create_dataset(f"header_{name}", data=np.bytes_(text.encode()), track_times=False)
+
+
+def _stamp(path: Path) -> None:
+    """Write the user block: the sha256 of all that follows it."""
+    digest = sha256_file(path, USER_BLOCK)
+    with open(path, "r+b") as stream:
+        stream.write((MAGIC + digest.encode() + b"\n").ljust(USER_BLOCK, b"\0"))
+
+
+def _provenance() -> dict[str, Any]:
+    """For information only: who wrote the shard, where, when. Never part of the content hash."""
+    slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    return {
+        "code_version": code_version(),
+        "container_sha256": os.environ.get("CMRHPC_CONTAINER_SHA256", ""),
+        "host": socket.gethostname(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    } | {name.lower(): os.environ[name] for name in slurm if name in os.environ}
+
+
+_code_version = ""
+
+
+def code_version() -> str:
+    """Package version, and where this is a git checkout its commit and whether files were changed."""
+    global _code_version
+    if not _code_version:
+        import subprocess
+
+        from cmrhpc import __version__
+
+        _code_version = __version__
+        root = Path(__file__).resolve().parent.parent
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            if (root / ".git").exists():
+                git = ["git", "-C", str(root)]
+                run = {"capture_output": True, "text": True, "timeout": 10}
+                commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
+                dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
+                _code_version += f" {commit}{' dirty' if dirty else ''}" if commit else ""
+    return _code_version
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def damage_of(path: Path) -> str:
+    """Empty when the file's own checksum holds, otherwise what is wrong with it, in words."""
+    try:
+        with open(path, "rb") as stream:
+            block = stream.read(USER_BLOCK)
+            if len(block) < USER_BLOCK or not block.startswith(MAGIC):
+                return "not a shard of cmrhpc, or truncated"
+            told = block[len(MAGIC) : len(MAGIC) + 64]
+            if block != (MAGIC + told + b"\n").ljust(USER_BLOCK, b"\0"):
+                return "its first block is damaged"
+            digest = hashlib.sha256()
+            while data := stream.read(_CHUNK):
+                digest.update(data)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return "" if digest.hexdigest().encode() == told else "its checksum does not hold"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    import h5py
+
+    # No lock: a shard is never changed once it has its name, and locks fail on some NFS mounts.
+    with h5py.File(path, "r", locking=False) as file:
+        yield file
+
+
+def _refused(path: Path, what: str) -> BadInput:
+    return BadInput(f"refused shard: {what}", str(path), "it was not written by cmrhpc: take it from its source again")
+
+
+_TEXTS = ("schema", "settings_sha256", "content_sha256")
+_OBJECTS = ("task", "settings", "inputs", "files", "data_sha256")
+
+
+def _plain(value: Any) -> Any:
+    """An informing attribute as text or number."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value.item()
+
+
+def _check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
+    """Only plain datasets of bounded size at the root. Raises BadInput otherwise; nothing is followed."""
+    import h5py
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    size = path.stat().st_size
+    if len(file) > MAX_NAMES:
+        raise _refused(path, "too many datasets")
+    for name in file:
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            raise _refused(path, f'"{name}" is a link')
+        if file.get(name, getclass=True) is not h5py.Dataset:
+            raise _refused(path, f'"{name}" is no dataset')
+        data = file[name]
+        kind = data.dtype
+        if data.is_virtual or data.external or data.id.get_create_plist().get_external_count():
+            raise _refused(path, f'"{name}" keeps its data elsewhere')
+        if (kind.kind != "S" and kind.str[1:] not in _KINDS) or kind.itemsize == 0:
+            raise _refused(path, f'"{name}" has the type {kind}')
+        if data.chunks is not None or data.nbytes > min(size, MAX_DATASET_BYTES):
+            raise _refused(path, f'"{name}" declares {data.nbytes} bytes in a file of {size}')
+        shapes[name] = data.shape
+    return shapes
+
+
+def _read_told(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    def value(name: str) -> Any:
+        stored = f"header_{name}"
+        if stored in shapes:
+            return file[stored][()]
+        return file.attrs[name]
+
+    try:
+        told: dict[str, Any] = {"seed": int(value("seed"))}
+        for name in _TEXTS:
+            told[name] = value(name).decode()
+        for name in _OBJECTS:
+            told[name] = json.loads(value(name))
+            if not isinstance(told[name], dict):
+                raise ValueError(name)
+        content = json.loads(value("attributes"))
+        told["attributes"] = {name: json.loads(value(name)) for name in content}
+        known = {"seed", "attributes", *_TEXTS, *_OBJECTS, *content}
+        told["info"] = {name: _plain(value(name)) for name in file.attrs if name not in known}
+    except (KeyError, ValueError, AttributeError, OSError, TypeError, RecursionError) as error:
+        raise _refused(path, f"its attributes are not those of a shard ({error})") from None
+    return told
+
+
+def read_shard(path: Path, schema: str = "") -> Shard:
+    """Open a shard: its checksum first, then its structure. Raises BadInput for a damaged, foreign or hostile file.
+
+    A network file system may miss a fresh rename for a moment, so a missing file is looked for three times.
+    """
+    path = Path(path)
+    for pause in (0.05, 0.2, None):
+        wrong = damage_of(path)
+        if wrong != "missing" or pause is None:
+            break
+        time.sleep(pause)
+    if wrong:
+        mend = "`cmrhpc run` computes it" if wrong == "missing" else "`cmrhpc run` computes it again"
+        raise BadInput(f"shard {wrong}", str(path), mend)
+    shard = _open_checked(path)
+    if schema and shard.schema != schema:
+        raise BadInput(f'a shard of schema "{shard.schema}", not "{schema}"', str(path), "is it the right file?")
+    return shard
+
+
+def _open_checked(path: Path) -> Shard:
+    try:
+        with _opened(path) as file:
+            shapes = _check_tree(path, file)
+            told = _read_told(path, file, shapes)
+    except BadInput:
+        raise
+    except Exception as error:  # the HDF5 library raises many kinds for a malformed file
+        raise _refused(path, f"{type(error).__name__}: {error}"[:200]) from None
+    told_data = {name for name in shapes if not name.startswith("header_")}
+    if told_data != set(told["data_sha256"]):
+        raise _refused(path, "its datasets are not those it lists")
+    header = {k: told[k] for k in ("schema", "task", "settings_sha256", "seed", "inputs", "attributes")}
+    if content_hash(header, told["data_sha256"]) != told["content_sha256"]:
+        raise _refused(path, "its content hash does not agree with its attributes")
+    return Shard(path=path, shapes={n: shapes[n] for n in sorted(told_data)}, **told)
+
+
+def read_header(path: Path) -> Header:
+    """The header alone, without hashing the file: for lists, never for results. Raises BadInput as `read_shard`."""
+    with open(path, "rb") as stream:
+        if not stream.read(USER_BLOCK).startswith(MAGIC):
+            raise _refused(path, "not a shard of cmrhpc")
+    return _open_checked(path)
+
+
+def check_content(shard: Shard) -> str:
+    """Hash every dataset again; empty when all agree, otherwise what does not. For `verify`."""
+    for name, told in shard.data_sha256.items():
+        with _opened(shard.path) as file:
+            data = file[name]
+            digest = hashlib.sha256(f"{data.dtype.str}{tuple(data.shape)}".encode())
+            step = max(1, _CHUNK // max(1, data.nbytes // max(1, len(data))))
+            for row in range(0, len(data), step):
+                digest.update(np.ascontiguousarray(data[row : row + step]))
+        if digest.hexdigest() != told:
+            return f'dataset "{name}" does not agree with its hash'
+    return ""
+
+
+def check_companions(shard: Header, folder: Path) -> list[tuple[str, str]]:
+    """(name, what is wrong) for each companion file that is missing or changed."""
+    wrong = []
+    for name, told in shard.files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file() or path.is_symlink():
+            wrong.append((name, "missing"))
+        elif sha256_file(path) != told:
+            wrong.append((name, "its checksum does not hold"))
+    return wrong

@@ -1,0 +1,70 @@
+"""Writing: whole files or none, no access for others, stale temporary files removed and living ones kept."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cmrhpc import files
+from cmrhpc.errors import BadInput
+
+
+def test_others_get_no_access_and_the_group_follows_the_folder(tmp_path: Path) -> None:
+    for mode, expected in ((0o700, 0o600), (0o770, 0o660), (0o777, 0o660)):
+        folder = tmp_path / f"m{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        files.atomic_write(folder / "new" / "a", "text")
+        assert stat.S_IMODE((folder / "new" / "a").stat().st_mode) == expected
+        assert stat.S_IMODE((folder / "new").stat().st_mode) & 0o007 == 0
+
+
+@pytest.mark.parametrize("name", ["write_all", "set_permissions", "sync_file", "rename", "sync_folder"])
+def test_a_refusing_file_system_leaves_the_old_file_and_no_rest(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    files.atomic_write(path, "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, name, refuse)
+        with pytest.raises(BadInput, match="No space left") as raised:
+            files.atomic_write(path, "new")
+    assert raised.value.exit_code == 3
+    assert path.read_text() in ({"old"} if name != "sync_folder" else {"old", "new"})
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_create_once_has_one_winner(tmp_path: Path) -> None:
+    assert files.create_once(tmp_path / "a", "first")
+    assert not files.create_once(tmp_path / "a", "second")
+    assert (tmp_path / "a").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_only_temporary_files_of_dead_processes_or_of_yesterday_are_removed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cmrhpc import files;"
+        "p = files.temporary_name(Path(sys.argv[1]) / 'x'); p.write_text('half'); print(p.name)"
+    )
+    dead = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    mine = files.temporary_name(tmp_path / "x")
+    mine.write_text("half")
+    other_host = tmp_path / ".x.tmp.otherhost.1.1-1"
+    other_host.write_text("half")
+    old = tmp_path / ".y.tmp.otherhost.1.1-1"
+    old.write_text("half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    (tmp_path / "kept.txt").write_text("whole")
+    assert files.remove_stale(tmp_path) == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([mine.name, other_host.name, "kept.txt"])
+    assert dead.stdout.strip() not in os.listdir(tmp_path)

@@ -1,0 +1,172 @@
+"""Shards: what is written comes back, every changed byte is noticed, and nothing hostile is followed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from cmrhpc import shards
+from cmrhpc.errors import BadInput
+
+RNG = np.random.default_rng(0)
+DATA = {
+    "image": RNG.normal(size=(5, 1, 8, 8)).astype("f4"),
+    "label": np.arange(5),
+    "id": shards.text_array(list("abcde")),
+}
+
+
+def write(path: Path, **changes: object) -> str:
+    values: dict = {
+        "datasets": DATA,
+        "schema": "images-1",
+        "task": {"stage": "synthesize", "fold": 0},
+        "settings": {"gamma": 0.1},
+        "inputs": {"cohort.h5": "ab" * 32},
+        "seed": 3,
+        "attributes": {"classes": ["0", "1"]},
+    } | changes
+    return shards.write_shard(path, values.pop("datasets"), **values)
+
+
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
+    content = write(tmp_path / "a.h5", companions={".png": b"picture", ".jsonl": b"{}\n"}, info={"seconds": 1.5})
+    shard = shards.read_shard(tmp_path / "a.h5", "images-1")
+    for name, values in DATA.items():
+        np.testing.assert_array_equal(shard[name], values)
+    assert shard.strings("id") == list("abcde")
+    assert (shard.seed, shard.content_sha256, shard.attributes) == (3, content, {"classes": ["0", "1"]})
+    assert shard.info["seconds"] == 1.5
+    assert (tmp_path / "a.png").read_bytes() == b"picture"
+    assert shards.check_companions(shard, tmp_path) == []
+    assert shards.check_content(shard) == ""
+    assert sorted(os.listdir(tmp_path)) == ["a.h5", "a.jsonl", "a.png"]
+
+
+def test_the_user_block_holds_the_sha256_of_what_follows(tmp_path: Path) -> None:
+    import hashlib
+
+    write(tmp_path / "a.h5")
+    raw = (tmp_path / "a.h5").read_bytes()
+    assert hashlib.sha256(raw[512:]).hexdigest().encode() in raw[:512]
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file.userblock_size == 512
+        assert json.loads(file.attrs["task"]) == {"stage": "synthesize", "fold": 0}
+
+
+def test_same_content_same_hash_and_each_part_of_it_counts(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.h5", info={"seconds": 1.0})
+    assert write(tmp_path / "b.h5", info={"seconds": 2.0}, companions={".png": b"x"}) == first
+    changed = DATA | {"image": np.nextafter(DATA["image"], np.float32(9))}
+    others = [
+        write(tmp_path / "c.h5", datasets=changed),
+        write(tmp_path / "c.h5", schema="images-2"),
+        write(tmp_path / "c.h5", task={"stage": "synthesize", "fold": 1}),
+        write(tmp_path / "c.h5", settings={"gamma": 0.2}),
+        write(tmp_path / "c.h5", inputs={}),
+        write(tmp_path / "c.h5", seed=4),
+        write(tmp_path / "c.h5", attributes={"classes": ["1", "0"]}),
+    ]
+    assert len({first, *others}) == 8
+
+
+def test_blocks_are_the_same_as_one_array(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.h5")
+    image = DATA["image"]
+    parts = shards.Blocks(image.shape, "<f4", (image[i : i + 2] for i in range(0, 5, 2)))
+    assert write(tmp_path / "b.h5", datasets=DATA | {"image": parts}) == whole
+
+
+def test_every_flipped_bit_is_noticed_before_hdf5_opens_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write(path)
+    good = path.read_bytes()
+    for position in RNG.integers(0, len(good), 300):
+        bad = bytearray(good)
+        bad[position] ^= 1 << int(RNG.integers(8))
+        path.write_bytes(bad)
+        assert shards.damage_of(path), position
+        with pytest.raises(BadInput):
+            shards.read_shard(path)
+    for length in (0, 100, 511, 512, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        assert shards.damage_of(path), length
+
+
+def test_changed_and_missing_companions_are_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", companions={".png": b"picture", ".jsonl": b"{}\n"})
+    (tmp_path / "a.png").write_bytes(b"pictura")
+    (tmp_path / "a.jsonl").unlink()
+    wrong = shards.check_companions(shards.read_shard(tmp_path / "a.h5"), tmp_path)
+    assert sorted(name for name, _ in wrong) == ["a.jsonl", "a.png"]
+
+
+def test_long_attributes_have_a_place(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", attributes={"long": "x" * 200_000}, settings={"k": "y" * 70_000})
+    assert len(shards.read_shard(tmp_path / "a.h5").attributes["long"]) == 200_000
+
+
+def hostile(path: Path, change: str, secret: Path) -> None:
+    """A shard with a right checksum and something in it that must not be followed."""
+    write(path)
+    with h5py.File(path, "r+") as file:
+        if change == "soft link":
+            file["extra"] = h5py.SoftLink("/image")
+        elif change == "external link":
+            file["extra"] = h5py.ExternalLink(str(secret), "image")
+        elif change == "external storage":
+            size = secret.stat().st_size
+            file.create_dataset("extra", (size,), "u1", external=[(str(secret), 0, size)])
+        elif change == "virtual dataset":
+            layout = h5py.VirtualLayout((5,), "f4")
+            layout[:] = h5py.VirtualSource(str(secret), "image", (5,))
+            file.create_virtual_dataset("extra", layout)
+        elif change == "huge shape":
+            file.create_dataset("extra", (10**12,), "f4", chunks=(1024,))
+        elif change == "group":
+            file.create_group("extra")
+        elif change == "variable length":
+            file.create_dataset("extra", (1,), h5py.string_dtype())
+        elif change == "unlisted dataset":
+            file.create_dataset("extra", data=np.zeros(3, "f4"))
+        elif change == "no attribute":
+            del file.attrs["task"]
+        elif change == "attribute of another kind":
+            file.attrs["inputs"] = np.bytes_(b"[1]")
+    shards._stamp(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "soft link", "external link", "external storage", "virtual dataset", "huge shape", "group",
+        "variable length", "unlisted dataset", "no attribute", "attribute of another kind",
+    ],
+)  # fmt: skip
+def test_hostile_shards_are_refused(tmp_path: Path, change: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"nobody may read this")
+    hostile(tmp_path / "a.h5", change, secret)
+    assert shards.damage_of(tmp_path / "a.h5") == ""
+    with pytest.raises(BadInput, match="refused"):
+        shards.read_shard(tmp_path / "a.h5")
+
+
+def test_a_shard_of_another_schema_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    with pytest.raises(BadInput, match="schema"):
+        shards.read_shard(tmp_path / "a.h5", "predictions-1")
+
+
+def test_an_unfinished_write_leaves_the_old_shard(tmp_path: Path) -> None:
+    content = write(tmp_path / "a.h5")
+    broken = shards.Blocks((5, 1, 8, 8), "<f4", (DATA["image"][i : i + 1] for i in range(4)))
+    with pytest.raises(ValueError, match="4 rows"):
+        write(tmp_path / "a.h5", datasets=DATA | {"image": broken})
+    assert shards.read_shard(tmp_path / "a.h5").content_sha256 == content
+    assert os.listdir(tmp_path) == ["a.h5"]
