@@ -1,0 +1,375 @@
+"""The study: what is asked, typed and validated. One TOML file, `study.toml`, describes it whole.
+
+Every setting has one place, one default and one line of help here. Unknown keys, wrong types and values out of
+range are bad input and are named with table and key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cmrhpc.errors import BadInput
+
+STUDIES = Path(__file__).parent / "studies"
+MUTATIONS = ("minimax", "heuristic", "least-squares")
+METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its allowed range (ends included) or its choices."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which raw images and how they become the cohort (METHODS M1)."""
+
+    raw: str  # raw folder; a relative path starts at the workspace
+    table: str = "cohort.csv"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)  # our name -> the table's name
+    file_spacing_mm: float | None = setting(None, low=1e-3, high=1e3)  # for files that hold no spacing
+    spacing_mm: float = setting(1.172, low=1e-3, high=1e3)  # in-plane spacing after resampling
+    image_size: int = setting(80, low=16, high=512)  # pixels along each side
+    channels: int = setting(1, low=1, high=3)  # 1 or 3
+    roi: str = setting("mask", choices=("mask", "centre", "whole"))
+    normalise: str = setting("auto", choices=("auto", "percentile"))  # auto: the table's window where it gives one
+    pseudonyms: bool = True  # replace patient ids
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Cross-validation (METHODS M2)."""
+
+    k: int = setting(5, low=2, high=100)
+    repeats: int = setting(5, low=1, high=100)
+    group_by: str = setting("patient", choices=("patient", "image"))  # image: as in the papers, and leaking
+    validation_fraction: float = setting(0.2, low=0.01, high=0.9)  # share of the training patients
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Affine augmentation (METHODS M3)."""
+
+    factor: int = setting(8, low=1, high=64)  # images after expansion per real image, the real one included
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One generator: its networks, its evolution (METHODS M4 to M8). The defaults are DAE-GAN."""
+
+    networks: str = setting("residual", choices=("residual", "dcgan"))
+    base_channels: int = setting(32, low=4, high=512)
+    generations: int = setting(5000, low=1)
+    batch: int = setting(32, low=2, high=4096)
+    scoring_batch: int = setting(64, low=2, high=4096)
+    discriminator_steps: int = setting(1, low=1, high=100)  # D updates per generation
+    mutations: tuple[str, ...] = setting(MUTATIONS, choices=MUTATIONS)
+    survivors: int = setting(1, low=1, high=16)
+    gamma: float = setting(0.1, low=0.0)  # weight of the diversity fitness F_d
+    mixup_alpha: float = setting(0.2, low=0.0)  # 0 turns mixup off
+    components: int = setting(10, low=1, high=1000)  # K of the latent mixture
+    latent_dim: int = setting(100, low=1, high=4096)
+    learning_rate: float = setting(2e-4, low=1e-8, high=1.0)
+    beta1: float = setting(0.5, low=0.0, high=0.9999)
+    beta2: float = setting(0.999, low=0.0, high=0.999999)
+    training_noise: str = setting("shared", choices=("shared", "per_mutation"))
+    ema: float = setting(0.0, low=0.0, high=0.999999)  # decay of the averaged generator; 0 turns it off
+    max_ratio: float = setting(5.0, low=0.0, high=100.0)  # synthetic images kept per real image
+    expand: bool = True  # train on the affine-expanded training set
+    conditional: bool = False  # one model over all classes (ACGAN)
+    diffaugment: bool = False
+    spectral_norm: bool = False
+    r1: float = setting(0.0, low=0.0)
+    log_every: int = setting(50, low=1)
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """SimGAN refiner (METHODS M9)."""
+
+    channels: int = setting(32, low=4, high=512)
+    lambda_l1: float = setting(0.5, low=0.0)  # on the per-pixel mean of |R(x) - x|
+    learning_rate: float = setting(1e-3, low=1e-8, high=1.0)
+    momentum: float = setting(0.0, low=0.0, high=0.999)
+    batch: int = setting(32, low=2, high=4096)
+    buffer: int = setting(1024, low=2)
+    steps: int = setting(2000, low=1)  # phase 2
+    pretrain_refiner: int = setting(500, low=0)
+    pretrain_discriminator: int = setting(100, low=0)
+    refiner_steps: int = setting(2, low=1, high=1000)  # R updates per D update
+    pretrain: str = setting("full", choices=("full", "self"))
+    expand: bool = False  # real images: the affine-expanded training set
+    log_every: int = setting(50, low=1)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """One classifier and its step budget, equal for all arms (METHODS M10)."""
+
+    network: str = setting("resnet50", choices=("resnet50", "xception"))
+    steps: int = setting(1000, low=1)
+    batch: int = setting(32, low=2, high=4096)
+    validate_every: int = setting(50, low=1)
+    learning_rate: float = setting(1e-4, low=1e-8, high=1.0)
+    weights: str = ""  # local safetensors file to start from
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the arithmetic is done. A study setting, because it decides the last bits of every result."""
+
+    mode: str = setting("exact", choices=("exact", "fast"))  # fast: bfloat16, equal to rounding only
+    threads: int = setting(2, low=1, high=1024)  # per task, never taken from the allocation
+    deterministic: bool = True
+    checkpoint_seconds: float = setting(600.0, low=0.0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a classifier's training set, at one or more ratios (synthetic per real image and class)."""
+
+    name: str
+    ratios: tuple[float, ...] = (0.0,)
+
+    @property
+    def parts(self) -> list[str]:
+        return self.name.split("+")
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The one comparison declared before the study runs; every other one is exploratory."""
+
+    classifier: str
+    arm: str
+    ratio: float = setting(0.0, low=0.0)
+    versus: str = "none"
+    metric: str = setting("accuracy", choices=METRICS)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study. `classes[1]` is the positive class of a binary study."""
+
+    name: str
+    classes: tuple[str, ...]
+    data: Data
+    arms: tuple[Arm, ...]
+    primary: Primary
+    generators: dict[str, Generator]
+    refiners: dict[str, Refiner]
+    classifiers: dict[str, Classifier]
+    seed: int = setting(0, low=0, high=2**63 - 1)
+    folds: Folds = dataclasses.field(default_factory=Folds)
+    affine: Affine = dataclasses.field(default_factory=Affine)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved study, every default filled in, as JSON-able values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_json(values: dict[str, Any], where: str = "study") -> Study:
+        """The study that `to_json` wrote. Raises BadInput when it is not one."""
+        return _check_study(_build(Study, values, where, ""), where)
+
+
+# What each generator is; a study's own [generators.NAME] table changes single settings.
+_PLAIN = {"networks": "dcgan", "mixup_alpha": 0.0, "components": 1}
+GENERATORS: dict[str, dict[str, Any]] = {
+    "dae-gan": {},
+    "egan": _PLAIN,
+    "dcgan": _PLAIN | {"mutations": ["heuristic"]},
+    "acgan": _PLAIN | {"mutations": ["heuristic"], "conditional": True},
+}
+REFINERS: dict[str, dict[str, Any]] = {"simgan": {}}
+CLASSIFIERS: dict[str, dict[str, Any]] = {"resnet50": {"network": "resnet50"}, "xception": {"network": "xception"}}
+
+
+@dataclass(frozen=True)
+class ArmParts:
+    """What an arm's name says: GENERATOR[+REFINER][+affine], affine, repeat-real[+affine] or none."""
+
+    generator: str | None
+    refiner: str | None
+    repeat_real: bool
+    affine: bool
+
+
+def arm_parts(name: str, study: Study, where: str = "") -> ArmParts:
+    """Read an arm's name. Raises BadInput for a name that the study cannot make."""
+    parts = name.split("+")
+    affine = parts[-1] == "affine"
+    rest = parts[:-1] if affine else parts
+    if not rest or (rest == ["none"] and not affine):
+        return ArmParts(None, None, False, affine)
+    if rest == ["repeat-real"]:
+        return ArmParts(None, None, True, affine)
+    if rest[0] in study.generators and (len(rest) == 1 or (len(rest) == 2 and rest[1] in study.refiners)):
+        return ArmParts(rest[0], rest[1] if len(rest) == 2 else None, False, affine)
+    raise BadInput(
+        f'unknown arm "{name}"',
+        where,
+        "an arm is none, affine, repeat-real, GENERATOR or GENERATOR+REFINER, the last three also with +affine; "
+        f"generators: {', '.join(study.generators)}; refiners: {', '.join(study.refiners)}",
+    )
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and validate a study file. Raises BadInput with table, key and mend."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the study file: {error}", str(path), "make one with `cmrhpc init`") from None
+    return parse_study(text, str(path))
+
+
+def parse_study(text: str, where: str = "study.toml") -> Study:
+    """As `load_study`, from the text of the file."""
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadInput(f"not valid TOML: {error}", where, "mend the line that is named") from None
+    for table, presets in (("generators", GENERATORS), ("refiners", REFINERS), ("classifiers", CLASSIFIERS)):
+        named = values.setdefault(table, {})
+        if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
+            raise BadInput(f"[{table}] must hold tables", f"{where} [{table}]", f"write [{table}.NAME]")
+        for name, own in named.items():
+            if name not in presets:
+                raise _unknown(name, presets, f"{where} [{table}]")
+            named[name] = presets[name] | own
+    return _check_study(_build(Study, values, where, ""), where)
+
+
+def _check_study(study: Study, where: str) -> Study:
+    """The rules that no single field can check."""
+
+    def wrong(what: str, key: str, mend: str) -> BadInput:
+        return BadInput(what, f"{where} {key}", mend)
+
+    if len(study.classes) < 2 or len(set(study.classes)) != len(study.classes):
+        raise wrong(f"a study needs two or more different classes, not {list(study.classes)}", "classes", "name each")
+    if study.data.channels == 2:
+        raise wrong("channels must be 1 or 3", "[data] channels", "1 for grey images, 3 for colour")
+    if not study.classifiers:
+        raise wrong("no classifier", "[classifiers]", "add [classifiers.resnet50]")
+    if not study.arms:
+        raise wrong("no arm", "[[arms]]", "add at least the arm none")
+    cells: set[tuple[str, float]] = set()
+    for number, arm in enumerate(study.arms, 1):
+        key = f"[[arms]] number {number}"
+        parts = arm_parts(arm.name, study, f"{where} {key}")
+        if not arm.ratios or len(set(arm.ratios)) != len(arm.ratios):
+            raise wrong(f'arm "{arm.name}" needs different ratios', key, "for example ratios = [1, 3]")
+        for ratio in arm.ratios:
+            if not 0 <= ratio <= 100:
+                raise wrong(f"ratio {ratio:g} is out of range", key, "use 0 to 100")
+            limit = study.generators[parts.generator].max_ratio if parts.generator else 100
+            if ratio > limit:
+                mend = f"raise max_ratio in [generators.{parts.generator}] or lower the ratio"
+                raise wrong(f'ratio {ratio:g} of "{arm.name}" is above max_ratio {limit:g}', key, mend)
+            if not parts.generator and not parts.repeat_real and ratio:
+                raise wrong(f'arm "{arm.name}" takes no ratio', key, "remove its ratios")
+            cells.add(cell_of(arm.name, ratio, parts))
+    for name, ratio in ((study.primary.arm, study.primary.ratio), (study.primary.versus, 0.0)):
+        parts = arm_parts(name, study, f"{where} [primary]")
+        if cell_of(name, ratio, parts) not in cells:
+            raise wrong(
+                f'the primary comparison names "{name}" at ratio {ratio:g}, which is no arm of the study',
+                "[primary]",
+                "add it under [[arms]] or name another",
+            )
+    if study.primary.classifier not in study.classifiers:
+        raise _unknown(study.primary.classifier, study.classifiers, f"{where} [primary] classifier")
+    for name, generator in study.generators.items():
+        if len(set(generator.mutations)) != len(generator.mutations) or not generator.mutations:
+            raise wrong("mutations must be different, and at least one", f"[generators.{name}] mutations", "see --help")
+    return study
+
+
+def cell_of(name: str, ratio: float, parts: ArmParts) -> tuple[str, float]:
+    """The (arm, ratio) that is trained: ratio 0 of any arm with synthetic images is the arm none (or affine)."""
+    if ratio == 0 and (parts.generator or parts.repeat_real):
+        return ("affine" if parts.affine else "none", 0.0)
+    return (name, ratio)
+
+
+T = TypeVar("T")
+
+
+def _unknown(key: str, known: Any, where: str) -> BadInput:
+    close = difflib.get_close_matches(key, list(known), 1)
+    mend = f'did you mean "{close[0]}"? ' if close else ""
+    return BadInput(f'unknown key "{key}"', where, f"{mend}known: {', '.join(known)}")
+
+
+def _build(kind: type[T], values: Any, where: str, table: str) -> T:
+    """A dataclass from a table, every key, type and range checked; `table` is the TOML path for messages."""
+    place = f"{where} [{table}]" if table else where
+    if not isinstance(values, dict):
+        raise BadInput(f"[{table}] must be a table", place, f"write [{table}] and its keys below")
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
+    for key in values:
+        if key not in fields:
+            raise _unknown(key, fields, place)
+    hints = typing.get_type_hints(kind)
+    made: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in values:
+            path = f"{table}.{name}" if table else name
+            made[name] = _value(hints[name], values[name], where, path, field.metadata)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise BadInput(f'"{name}" is missing', place, f"add {name} = ...")
+    return kind(**made)
+
+
+def _value(hint: Any, value: Any, where: str, path: str, limits: Any) -> Any:
+    place = f"{where} {path}"
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, path)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _value(inner[0], value, where, path, limits)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise BadInput(f"must be a list, not {value!r}", place, "write [a, b]")
+        return tuple(_value(inner[0], v, where, f"{path}[{i}]", limits) for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BadInput(f"must be a table, not {value!r}", place, "write key = value below its heading")
+        return {str(k): _value(inner[1], v, where, f"{path}.{k}", limits) for k, v in value.items()}
+    right = isinstance(value, hint) if hint is not float else isinstance(value, int | float)
+    if not right or (isinstance(value, bool) and hint is not bool):
+        raise BadInput(f"must be {_NAMES[hint]}, not {value!r}", place, f"write {_NAMES[hint]}")
+    if hint is float:
+        value = float(value)
+        if not math.isfinite(value):
+            raise BadInput(f"must be a finite number, not {value}", place, "write a number")
+    low, high, choices = limits.get("low"), limits.get("high"), limits.get("choices", ())
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
+        raise BadInput(f"{value} is out of range", place, f"allowed: {allowed}")
+    if choices and value not in choices:
+        raise BadInput(f'"{value}" is no choice', place, f"allowed: {', '.join(choices)}")
+    if hint is str and (len(value) > 4096 or any(ord(c) < 32 or ord(c) == 127 for c in value)):
+        raise BadInput("control characters or more than 4,096 characters", place, "write plain text")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}

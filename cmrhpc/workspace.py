@@ -1,0 +1,315 @@
+"""The folder of one study: where each shard lives, which tasks are done, and why the others are not.
+
+Truth lives in the shards. `index.json` only remembers what was read from them: each entry is keyed by path and inode
+number, both of which a folder listing gives without touching the file, and a replaced shard has a new inode. It can
+be deleted at any time. The task list of a stage is frozen in `tasks/STAGE/`: segments that are only ever added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cmrhpc import files, shards
+from cmrhpc import plan as planning
+from cmrhpc.errors import BadInput, CmrhpcError
+from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, Task
+from cmrhpc.study import Study, load_study
+
+SHARD_FOLDERS = ("synthetic", "refined", "predictions")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index remembers of one shard."""
+
+    inode: int
+    content_sha256: str
+    settings_sha256: str
+    seed: int
+    task_sha256: str
+    inputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class State:
+    """One task of a stage: its fixed index, and either done or the reason why not."""
+
+    index: int
+    task: Task
+    done: bool
+    reason: str = ""
+    waits_for: tuple[str, ...] = ()  # inputs that are not there yet
+
+
+class Workspace:
+    """An existing workspace. Raises BadInput when `root` holds no valid study.toml."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).absolute()
+        self.study_path = self.root / "study.toml"
+        if not self.study_path.is_file():
+            mend = "make a workspace with `cmrhpc init WORKSPACE --study demo --raw RAW`"
+            raise BadInput("no study.toml: not a workspace", str(self.root), mend)
+        self.study: Study = load_study(self.study_path)
+
+    def path(self, relative: str) -> Path:
+        return self.root / relative
+
+    @property
+    def raw(self) -> Path:
+        """The raw folder; a relative path in the study starts at the workspace."""
+        return (self.root / self.study.data.raw).absolute()
+
+    @cached_property
+    def study_sha256(self) -> str:
+        return shards.sha256_file(self.study_path)
+
+    def checkpoint_folder(self, task: Task) -> Path:
+        return self.root / "checkpoints" / task.output.removesuffix(".h5")
+
+    def log_path(self, stage: str, index: int) -> Path:
+        return self.root / "logs" / f"{stage}_{index}.log"
+
+    # ---------------------------------------------------------------- the frozen task lists
+
+    def tasks(self, stage: str) -> list[Task]:
+        """The frozen list of a stage: index i means the same task for ever. New tasks of the study are appended.
+
+        Tasks that the study no longer asks for keep their index; `wanted` tells them apart.
+        """
+        if stage not in STAGES:
+            raise BadInput(f'unknown stage "{stage}"', "", f"stages: {', '.join(STAGES)}")
+        asked = planning.tasks(self.study, stage)
+        while True:
+            frozen, segments = self._frozen(stage)
+            known = {task.output for task in frozen}
+            new = [task for task in asked if task.output not in known]
+            if not new:
+                return frozen
+            text = json.dumps([task.to_json() for task in new], indent=0)
+            if files.create_once(self.root / "tasks" / stage / f"{segments + 1:04d}.json", text):
+                return frozen + new
+
+    def _frozen(self, stage: str) -> tuple[list[Task], int]:
+        folder = self.root / "tasks" / stage
+        names = sorted(n for n in os.listdir(folder) if n.endswith(".json")) if folder.is_dir() else []
+        names = [name for name in names if not files.is_temporary(name)]
+        found: list[Task] = []
+        for name in names:
+            try:
+                found += [Task.from_json(values) for values in json.loads((folder / name).read_text())]
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                where = str(folder / name)
+                raise BadInput(f"damaged task list: {error}", where, "restore it, or start a new workspace") from None
+        return found, len(names)
+
+    def wanted(self, stage: str) -> set[str]:
+        """Outputs that the study asks for now."""
+        return {task.output for task in planning.tasks(self.study, stage)}
+
+    # ---------------------------------------------------------------- the index
+
+    def listing(self) -> dict[str, int]:
+        """Path -> inode of every shard in the workspace, by listing folders only."""
+        found: dict[str, int] = {}
+        pending = [""]
+        while pending:
+            place = pending.pop()
+            try:
+                with os.scandir(self.root / place) as entries:
+                    for entry in entries:
+                        name = f"{place}{entry.name}"
+                        if entry.is_symlink() or files.is_temporary(entry.name):
+                            continue
+                        if name.endswith(".h5"):
+                            found[name] = entry.inode()
+                        elif (place or entry.name in SHARD_FOLDERS) and entry.is_dir(follow_symlinks=False):
+                            pending.append(f"{name}/")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise BadInput(f"cannot list: {error.strerror}", str(self.root / place), "mend its access") from None
+        return found
+
+    def index(self) -> dict[str, Entry]:
+        """What every shard says of itself. Only shards that are new since the last call are opened."""
+        path = self.root / "index.json"
+        try:
+            stored = json.loads(path.read_text())
+            old = {name: Entry(*values) for name, values in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            old = {}
+        now: dict[str, Entry] = {}
+        for name, inode in self.listing().items():
+            entry = old.get(name)
+            if entry is None or entry.inode != inode:
+                entry = self._read_entry(name, inode)
+            if entry is not None:
+                now[name] = entry
+        if now != old and os.access(self.root, os.W_OK):
+            text = json.dumps({name: dataclasses.astuple(entry) for name, entry in now.items()})
+            files.atomic_write(path, text)
+        return now
+
+    def _read_entry(self, name: str, inode: int) -> Entry | None:
+        try:
+            header = shards.read_header(self.path(name))
+        except (CmrhpcError, OSError):
+            return None  # damaged or just being replaced: not done
+        task = shards.sha256_of(header.task)
+        return Entry(inode, header.content_sha256, header.settings_sha256, header.seed, task, header.inputs)
+
+    # ---------------------------------------------------------------- what is done
+
+    def states(self, stages: tuple[str, ...] = STAGES, check: bool = False) -> dict[str, list[State]]:
+        """Every wanted task of the given stages with its index, and whether it is done or why not.
+
+        check: hash every file as well, so that a damaged one counts as missing.
+        """
+        judge = Judge(self, check)
+        return {stage: judge.stage(stage) for stage in stages}
+
+
+class Judge:
+    """Judges outputs against the study, each once: valid while settings, seed and input contents are as asked."""
+
+    def __init__(self, workspace: Workspace, check: bool = False):
+        self.workspace, self.study, self.check = workspace, workspace.study, check
+        self.index = workspace.index()
+        self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
+        self.hashes: dict[str, str] = {}
+        self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
+
+    def stage(self, stage: str) -> list[State]:
+        wanted = self.workspace.wanted(stage)
+        states = []
+        for index, task in enumerate(self.workspace.tasks(stage)):
+            if task.output in wanted:
+                reason = self.reason(task)
+                waits = () if not reason else tuple(p for p in planning.inputs(self.study, task) if self.verdict(p))
+                states.append(State(index, task, not reason, reason, waits))
+        return states
+
+    def reason(self, task: Task) -> str:
+        if task.stage == "ingest":
+            return self.verdict(COHORT) or self.verdict(FOLDS)
+        if task.stage == "aggregate":
+            return self._report_reason()
+        return self.verdict(task.output)
+
+    def verdict(self, output: str) -> str:
+        if output not in self.verdicts:
+            self.verdicts[output] = self._judge(output)
+        return self.verdicts[output]
+
+    def _judge(self, output: str) -> str:
+        task = Task("ingest") if output == COHORT else self.makers[output]
+        entry = self.index.get(output)
+        if entry is None:
+            return "missing"
+        if self.check and (wrong := damage(self.workspace.path(output))):
+            return f"damaged: {wrong}"
+        settings = planning.settings(self.study, task, output)
+        key = shards.canonical(settings)
+        if entry.settings_sha256 != self.hashes.setdefault(key, shards.sha256_of(settings)):
+            return self._settings_reason(output, settings)
+        if entry.seed != planning.seed(self.study, task, output):
+            return "the study's seed changed"
+        if entry.task_sha256 != shards.sha256_of(task.to_json()):
+            return "it is the shard of another task"
+        asked = [COHORT] if output == FOLDS else planning.inputs(self.study, task)
+        if output == COHORT:
+            return self._table_reason(entry)
+        if sorted(entry.inputs) != sorted(asked):
+            return "it reads other shards now"
+        for path in asked:
+            if self.verdict(path):
+                return f"input {path} is to be made first ({self.verdict(path)})"
+            if self.index[path].content_sha256 != entry.inputs[path]:
+                return f"input {path} changed"
+        return ""
+
+    def _settings_reason(self, output: str, asked: dict[str, Any]) -> str:
+        """Which settings differ, old and new."""
+        try:
+            told = shards.read_header(self.workspace.path(output)).settings
+        except (CmrhpcError, OSError):
+            return "its settings changed"
+        changes = settings_changes(told, json.loads(shards.canonical(asked)))
+        return f"settings changed: {'; '.join(changes[:5])}" if changes else "its settings changed"
+
+    def _table_reason(self, entry: Entry) -> str:
+        """The raw table is compared where it can be reached; on a laptop without raw data it is not."""
+        table = self.workspace.raw / self.study.data.table
+        told = entry.inputs.get(self.study.data.table)
+        if told and table.is_file() and shards.sha256_file(table) != told:
+            return f"the table {self.study.data.table} changed"
+        return ""
+
+    def _report_reason(self) -> str:
+        try:
+            told = json.loads((self.workspace.root / REPORT).read_text())
+        except (OSError, ValueError):
+            return "missing"
+        now = report_sources(self)
+        return "" if told == now else "predictions, images or the study changed since the report"
+
+
+def damage(path: Path) -> str:
+    """Empty when a shard and all its companions hold their checksums, otherwise what is wrong, in words."""
+    wrong = shards.damage_of(path)
+    if wrong:
+        return wrong
+    try:
+        header = shards.read_header(path)
+    except CmrhpcError as error:
+        return error.what
+    return "; ".join(f"{name}: {what}" for name, what in shards.check_companions(header, path.parent))
+
+
+def report_sources(judge: Judge) -> dict[str, str]:
+    """What a report was made from: content hashes of all valid shards, and the study."""
+    valid = {
+        out: judge.index[out].content_sha256 for out in judge.makers if out in judge.index and not judge.verdict(out)
+    }
+    return valid | {"study": shards.sha256_of(judge.study.to_json())}
+
+
+def settings_changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """Differences between two JSON values as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += settings_changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def plan(workspace: str | Path | Workspace) -> dict[str, list[State]]:
+    """All tasks of a workspace by stage, done or with the reason why not."""
+    return (workspace if isinstance(workspace, Workspace) else Workspace(workspace)).states()
+
+
+def array_ranges(indices: list[int], chunk: int = 0) -> list[str]:
+    """Missing indices as `sbatch --array` takes them, one text per chunk of at most `chunk` tasks.
+
+    >>> array_ranges([0, 1, 2, 5, 7, 8])
+    ['0-2,5,7-8']
+    """
+    chunks = [indices[i : i + chunk] for i in range(0, len(indices), chunk)] if chunk else [indices]
+    texts = []
+    for part in filter(None, chunks):
+        runs: list[list[int]] = []
+        for index in part:
+            if runs and index == runs[-1][1] + 1:
+                runs[-1][1] = index
+            else:
+                runs.append([index, index])
+        texts.append(",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
+    return texts

@@ -1,0 +1,166 @@
+"""Plan and workspace: frozen indices, what invalidates what, and the reason in words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmrhpc import plan as planning
+from cmrhpc import shards
+from cmrhpc.errors import BadInput
+from cmrhpc.plan import COHORT, FOLDS, STAGES, Task
+from cmrhpc.study import parse_study
+from cmrhpc.workspace import Workspace, array_ranges
+
+
+def make(root: Path, text: str) -> Workspace:
+    root.mkdir(exist_ok=True)
+    (root / "study.toml").write_text(text)
+    return Workspace(root)
+
+
+def write_output(workspace: Workspace, task: Task, output: str, value: float = 0.0) -> None:
+    """An empty but valid shard for one output, as its stage would write it."""
+    reads = [COHORT] if output == FOLDS else planning.inputs(workspace.study, task)
+    inputs = {path: shards.read_header(workspace.path(path)).content_sha256 for path in reads}
+    shards.write_shard(
+        workspace.path(output),
+        {"image": np.full((1, 1, 2, 2), value, "f4")},
+        schema="images-1",
+        task=task.to_json(),
+        settings=planning.settings(workspace.study, task, output),
+        inputs=inputs,
+        seed=planning.seed(workspace.study, task, output),
+    )
+
+
+def write_all(workspace: Workspace) -> None:
+    write_output(workspace, Task("ingest"), COHORT)
+    for stage in STAGES[:-1]:
+        for task in planning.tasks(workspace.study, stage):
+            write_output(workspace, task, task.output)
+
+
+def missing(workspace: Workspace, check: bool = False) -> dict[str, str]:
+    states = workspace.states(STAGES[:-1], check)
+    return {s.task.output: s.reason for stage in states for s in states[stage] if not s.done}
+
+
+def test_everything_missing_then_everything_done(tmp_path: Path, study_text: str) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    assert set(missing(workspace).values()) == {"missing"}
+    write_all(workspace)
+    assert missing(workspace) == {}
+    (workspace.root / "index.json").unlink()
+    assert missing(workspace, check=True) == {}
+
+
+def test_adding_an_arm_invalidates_nothing_and_keeps_every_index(tmp_path: Path, study_text: str) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    before = workspace.tasks("classify")
+    write_all(workspace)
+    grown = make(tmp_path / "w", study_text + '[[arms]]\nname = "repeat-real"\nratios = [2]\n')
+    assert grown.tasks("classify")[: len(before)] == before
+    assert set(missing(grown)) == {f"predictions/repeat-real/ratio2/resnet50/fold{f}_repeat0.h5" for f in (0, 1)}
+    # Taking the arm away again leaves a list in which it keeps its place and is not wanted.
+    shrunk = make(tmp_path / "w", study_text)
+    assert len(shrunk.tasks("classify")) == len(before) + 2
+    assert len(shrunk.states(("classify",))["classify"]) == len(before)
+    # A further arm comes behind it.
+    again = make(tmp_path / "w", study_text + '[[arms]]\nname = "dae-gan+affine"\n ratios = [1]\n')
+    assert [t.arm for t in again.tasks("classify")[len(before) :]] == ["repeat-real"] * 2 + ["dae-gan+affine"] * 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason", "stale"),
+    [
+        ("steps = 3", "steps = 4", "classifier.steps: 3 -> 4", ("predictions",)),
+        ("generations = 4", "generations = 5", "generator.generations: 4 -> 5", ("synthetic", "refined", "dae-gan")),
+        ("buffer = 8", "buffer = 9", "refiner.buffer: 8 -> 9", ("refined", "simgan")),
+        ("factor = 2", "factor = 3", "affine.factor: 2 -> 3", ("synthetic", "refined", "affine", "dae-gan")),
+        ("log_every = 1", "log_every = 2", "", ()),
+        ("checkpoint_seconds = 0", "checkpoint_seconds = 9", "", ()),
+        ("seed = 7", "seed = 8", "the study's seed changed", ("folds", "synthetic", "refined", "predictions")),
+        ('raw = "raw"', 'raw = "elsewhere"', "", ()),
+    ],
+)
+def test_a_changed_setting_invalidates_what_uses_it_and_says_so(
+    tmp_path: Path, study_text: str, old: str, new: str, reason: str, stale: tuple[str, ...]
+) -> None:
+    write_all(make(tmp_path / "w", study_text))
+    found = missing(make(tmp_path / "w", study_text.replace(old, new, 1)))
+    everything = {t.output for stage in STAGES[:-1] for t in planning.tasks(parse_study(study_text), stage)}
+    assert set(found) == {output for output in everything if any(word in output for word in stale)}
+    assert any(reason in text for text in found.values()) or not found
+
+
+def test_a_changed_input_invalidates_what_reads_it(tmp_path: Path, study_text: str) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    write_all(workspace)
+    task = Task("synthesize", generator="dae-gan", fold=1, label=0)
+    write_output(workspace, task, task.output, value=1.0)
+    found = missing(workspace)
+    assert set(found) == {
+        "refined/simgan/dae-gan/fold1_repeat0_class0.h5",
+        "predictions/dae-gan/ratio1/resnet50/fold1_repeat0.h5",
+        "predictions/dae-gan/ratio2/resnet50/fold1_repeat0.h5",
+        "predictions/dae-gan+simgan/ratio2/resnet50/fold1_repeat0.h5",
+    }
+    assert found["predictions/dae-gan/ratio1/resnet50/fold1_repeat0.h5"] == f"input {task.output} changed"
+
+
+def test_swapped_and_foreign_shards_are_not_taken(tmp_path: Path, study_text: str) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    write_all(workspace)
+    a, b = (workspace.path(f"predictions/{arm}/ratio0/resnet50/fold0_repeat0.h5") for arm in ("none", "affine"))
+    os.rename(a, a.with_name("aside"))
+    os.rename(b, a)
+    os.rename(a.with_name("aside"), b)
+    assert len(missing(workspace)) == 2
+
+
+def test_a_flipped_bit_is_found_when_files_are_checked(tmp_path: Path, study_text: str) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    write_all(workspace)
+    assert missing(workspace) == {}
+    path = workspace.path("synthetic/dae-gan/fold0_repeat0_class0.h5")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with open(path, "r+b") as stream:  # in place: the same inode, so only the hash can tell
+        stream.write(data)
+    assert missing(workspace) == {}
+    found = missing(workspace, check=True)
+    assert found["synthetic/dae-gan/fold0_repeat0_class0.h5"].startswith("damaged")
+
+
+def test_two_planners_at_once_freeze_one_list(tmp_path: Path, study_text: str) -> None:
+    first, second = make(tmp_path / "w", study_text), Workspace(tmp_path / "w")
+    assert first.tasks("classify") == second.tasks("classify") == Workspace(tmp_path / "w").tasks("classify")
+    assert os.listdir(tmp_path / "w" / "tasks" / "classify") == ["0001.json"]
+
+
+def test_a_damaged_task_list_is_bad_input(tmp_path: Path, study_text: str) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    workspace.tasks("classify")
+    (workspace.root / "tasks" / "classify" / "0001.json").write_text('[{"stage": "nonsense"}]')
+    with pytest.raises(BadInput, match="task list"):
+        workspace.tasks("classify")
+
+
+def test_seeds_pair_the_arms_and_differ_elsewhere(study_text: str) -> None:
+    study = parse_study(study_text)
+    seeds = {(t.arm, t.ratio, t.fold): planning.seed(study, t) for t in planning.tasks(study, "classify")}
+    for fold in (0, 1):
+        assert len({s for (_, _, f), s in seeds.items() if f == fold}) == 1
+    assert len(set(seeds.values())) == 2
+    makers = planning.tasks(study, "synthesize")
+    assert len({planning.seed(study, t) for t in makers}) == len(makers)
+
+
+def test_array_ranges() -> None:
+    assert array_ranges([0, 1, 2, 5, 7, 8]) == ["0-2,5,7-8"]
+    assert array_ranges(list(range(10)), 4) == ["0-3", "4-7", "8-9"]
+    assert array_ranges([]) == []

@@ -1,0 +1,63 @@
+"""The study file: every setting typed and in range, every mistake named with table, key and mend."""
+
+from __future__ import annotations
+
+import pytest
+
+from cmrhpc import plan
+from cmrhpc.errors import BadInput
+from cmrhpc.study import STUDIES, Study, parse_study
+
+
+def test_resolved_study_survives_json(study_text: str) -> None:
+    study = parse_study(study_text)
+    assert Study.from_json(study.to_json()) == study
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("image_size = 16", "image_sise = 16", ["image_sise", "[data]", 'did you mean "image_size"']),
+        ("image_size = 16", 'image_size = "16"', ["data.image_size", "a whole number"]),
+        ("image_size = 16", "image_size = true", ["data.image_size", "a whole number"]),
+        ("spacing_mm = 5.0", "spacing_mm = nan", ["data.spacing_mm", "finite"]),
+        ("k = 2", "k = 1", ["folds.k", "2 to 100"]),
+        ("[folds]", "[flods]", ["flods", 'did you mean "folds"']),
+        ('name = "affine"', 'name = "afine"', ["afine", "[[arms]] number 2"]),
+        ("ratios = [1, 2]", "ratios = [1, 9]", ["ratio 9", "max_ratio"]),
+        ("ratios = [1, 2]", "ratios = [1, 1]", ["different ratios"]),
+        ('classes = ["0", "1"]', 'classes = ["0", "0"]', ["different classes"]),
+        ("\nratio = 2\n", "\nratio = 3\n", ["primary", "no arm of the study"]),
+        ("[generators.dae-gan]", "[generators.gaedan]", ["gaedan"]),
+        ("[data]", "[data", ["not valid TOML"]),
+        ('raw = "raw"', "", ['"raw" is missing', "[data]"]),
+        ('raw = "raw"', 'raw = "a\\u0007b"', ["data.raw", "control characters"]),
+    ],
+)
+def test_each_mistake_is_named(study_text: str, old: str, new: str, words: list[str]) -> None:
+    assert old in study_text
+    with pytest.raises(BadInput) as raised:
+        parse_study(study_text.replace(old, new, 1))
+    assert raised.value.exit_code == 3
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_two_channels_are_refused(study_text: str) -> None:
+    with pytest.raises(BadInput, match="channels"):
+        parse_study(study_text.replace("image_size = 16", "image_size = 16\nchannels = 2"))
+
+
+def test_shipped_studies_have_the_task_counts_of_a_count_by_hand() -> None:
+    def counts(name: str) -> dict[str, int]:
+        text = (STUDIES / f"{name}.toml").read_text().replace("classes = []", 'classes = ["0", "1"]')
+        study = parse_study(text)
+        return {stage: len(plan.tasks(study, stage)) for stage in plan.STAGES}
+
+    # demo: 2 folds x 1 repeat; 2 classes; 4 arms x 2 classifiers.
+    assert counts("demo") == {"ingest": 1, "synthesize": 4, "refine": 4, "classify": 16, "aggregate": 1}
+    # fu2021: 25 places. Generators: dae-gan, egan, dcgan per class (6) and acgan once. Refiner: dae-gan per class (2).
+    # Cells: none, affine, repeat-real, dcgan, acgan, egan (6); dae-gan 1..5 without and with affine (10);
+    # dae-gan+simgan 1..5 (5); ratio 0 is none or affine. 21 cells x 2 classifiers.
+    expected = {"ingest": 1, "synthesize": 25 * 7, "refine": 25 * 2, "classify": 25 * 42, "aggregate": 1}
+    assert counts("fu2021") == expected
