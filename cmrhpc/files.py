@@ -19,6 +19,12 @@ from cmrhpc.errors import BadInput
 
 DAY = 86400.0
 _counter = 0
+_kept: set[Path] = set()
+
+
+def never_create(folder: Path) -> None:
+    """Have a folder that should be there, and is gone, reported instead of made anew (a renamed workspace)."""
+    _kept.add(folder)
 
 
 def process_start(pid: int | str = "self") -> str:
@@ -45,6 +51,8 @@ def make_folder(folder: Path) -> None:
     try:
         missing = []
         while not folder.exists():
+            if folder in _kept:
+                raise FileNotFoundError(2, "the folder is gone")
             missing.append(folder)
             folder = folder.parent
         for new in reversed(missing):
@@ -133,8 +141,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a whole file so that readers see the old one or the new one. Raises BadInput as `atomic_path`."""
-    with atomic_path(Path(path)) as temporary:
-        write_all(temporary, data.encode() if isinstance(data, str) else data)
+    for attempt in (1, 2, 3):
+        try:
+            with atomic_path(Path(path)) as temporary:
+                write_all(temporary, data.encode() if isinstance(data, str) else data)
+            return
+        except BadInput as error:
+            # Another process may remove an empty folder (finished checkpoints) just after we looked.
+            if attempt == 3 or not isinstance(error.__cause__, FileNotFoundError):
+                raise
 
 
 def create_once(path: Path, data: bytes | str) -> bool:

@@ -143,38 +143,55 @@ def write_shard(
 ) -> str:
     """Write a shard and its companions; companions are renamed first, the shard last. Returns the content hash.
 
-    attributes: JSON-able values that are content (classes, best step). info: texts and numbers that are not (seconds, device).
+    attributes: JSON-able values that are content (classes, best step).
+    info: texts and numbers that are not (seconds, device).
     companions: file ending -> bytes, written beside the shard (weights, log, picture).
     Raises BadInput when the file system refuses; an older shard of that name then stays as it was.
     """
     path = Path(path)
     companions = companions or {}
     names = {ending: path.with_suffix(ending).name for ending in companions}
-    header = {
+    content_attributes = dict(attributes or {})
+    header: dict[str, Any] = {
         "schema": schema,
         "task": dict(task),
         "settings_sha256": sha256_of(dict(settings)),
         "seed": seed,
         "inputs": dict(inputs),
-        "attributes": dict(attributes or {}),
+        "attributes": content_attributes,
     }
     with files.atomic_path(path) as temporary:
         hashes = _write_datasets(temporary, datasets)
         content = content_hash(header, hashes)
-        told = header | {
+        told: dict[str, Any] = header | {
             "settings": dict(settings),
             "content_sha256": content,
             "data_sha256": hashes,
             "files": {names[ending]: sha256_of(data) for ending, data in companions.items()},
-            "attributes": sorted(header["attributes"]),
+            "attributes": sorted(content_attributes),
         }
-        told |= {name: canonical(value) for name, value in header["attributes"].items()}
+        told |= {name: canonical(value) for name, value in content_attributes.items()}
         told |= _provenance() | dict(info or {})
         _write_header(temporary, told)
         _stamp(temporary)
         for ending, data in companions.items():
             files.atomic_write(path.with_suffix(ending), data)
+    _settle_companions(path, told["files"], companions)
     return content
+
+
+def _settle_companions(path: Path, told: Mapping[str, str], companions: Mapping[str, bytes]) -> None:
+    """Two processes may write the same shard at once, and their logs differ: ours, if the shard is ours, come last.
+
+    Whoever renames its shard last looks here after all companions were written, so the pair that stays agrees.
+    """
+    for _ in range(10):
+        with contextlib.suppress(BadInput, OSError):
+            there = read_header(path)
+            if there.files != told or not check_companions(there, path.parent):
+                return
+        for ending, data in companions.items():
+            files.atomic_write(path.with_suffix(ending), data)
 
 
 def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> dict[str, str]:
@@ -194,7 +211,7 @@ def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> 
                 block = np.ascontiguousarray(block, kind)
                 if block.size:
                     stored[row : row + len(block)] = block
-                digest.update(block)
+                digest.update(block.data)
                 row += len(block)
             if row != blocks.shape[0]:
                 raise ValueError(f"dataset {name} has {row} rows, {blocks.shape[0]} were announced")
@@ -405,7 +422,7 @@ def check_content(shard: Shard) -> str:
             digest = hashlib.sha256(f"{data.dtype.str}{tuple(data.shape)}".encode())
             step = max(1, _CHUNK // max(1, data.nbytes // max(1, len(data))))
             for row in range(0, len(data), step):
-                digest.update(np.ascontiguousarray(data[row : row + step]))
+                digest.update(np.ascontiguousarray(data[row : row + step]).data)
         if digest.hexdigest() != told:
             return f'dataset "{name}" does not agree with its hash'
     return ""

@@ -57,6 +57,7 @@ class Workspace:
             mend = "make a workspace with `cmrhpc init WORKSPACE --study demo --raw RAW`"
             raise BadInput("no study.toml: not a workspace", str(self.root), mend)
         self.study: Study = load_study(self.study_path)
+        files.never_create(self.root)
 
     def path(self, relative: str) -> Path:
         return self.root / relative
