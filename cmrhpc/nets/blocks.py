@@ -1,0 +1,145 @@
+"""Blocks that the networks share: residual blocks, self-attention, the upsampling convolution, image sizes.
+
+Nothing here mixes the samples of a batch: normalisation is per sample (GroupNorm), so that one image's gradient does
+not depend on its neighbours in the batch. A network says so in its attribute `mixes_samples`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmrhpc.errors import BadInput
+
+SLOPE = 0.2  # of every leaky ReLU
+MAX_UPS = 4
+STARTS = range(4, 17)
+
+
+def start_and_ups(image_size: int) -> tuple[int, int]:
+    """(start, ups) with image_size = start * 2**ups, 1 <= ups <= 4, 4 <= start <= 16 and ups as large as can be.
+
+    80 -> (5, 4), 40 -> (5, 3). Raises BadInput, naming the nearest sizes that work, when there is no such pair.
+    """
+    for ups in range(MAX_UPS, 0, -1):
+        start, rest = divmod(image_size, 2**ups)
+        if not rest and start in STARTS:
+            return start, ups
+    sizes = sorted({start * 2**ups for start in STARTS for ups in range(1, MAX_UPS + 1)})
+    near = sorted(sorted(sizes, key=lambda size: (abs(size - image_size), size))[:4])
+    raise BadInput(
+        f"image size {image_size} does not fit the generator networks",
+        "study.toml [data] image_size",
+        f"use start * 2^u with u of 1 to 4 and start of 4 to 16; near it: {', '.join(map(str, near))}",
+    )
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 8 groups that divide the channels."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+class UpConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling by 2 followed by a 3x3 convolution, computed as one transposed convolution.
+
+    Each output pixel of the pair sees a 2x2 neighbourhood of the small image only, so summing the kernel's taps that
+    fall on the same pixel gives a 4x4 transposed kernel: the same result with 4 instead of 9 products per output
+    and without the large intermediate image. (N, C, H, W) -> (N, out, 2H, 2W).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(channels_in, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, summed_taps(self.weight), self.bias, stride=2, padding=1)
+
+
+def summed_taps(weight: Tensor) -> Tensor:
+    """The 4x4 transposed kernel (in, out, 4, 4) that acts as nearest upsampling and then `weight` (out, in, 3, 3)."""
+    flipped = weight.flip(2, 3).transpose(0, 1)
+    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
+    return F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+
+
+class UpBlock(nn.Module):
+    """Generator's residual block: twice (norm, leaky ReLU, conv 3x3), the second convolution upsampling, + skip.
+
+    The wide convolution (in -> out), both norms and both activations work at the low resolution. The skip path is a
+    1x1 convolution and bilinear upsampling: nearest-neighbour skips leave the blocks of every level in the image.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.norm1, self.norm2 = group_norm(channels_in), group_norm(channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv2 = UpConv2d(channels_out, channels_out) if up else nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(self.norm1(x), SLOPE))
+        h = self.conv2(F.leaky_relu(self.norm2(h), SLOPE))
+        skip = self.skip(x)
+        return h + (F.interpolate(skip, scale_factor=2.0, mode="bilinear") if self.up else skip)
+
+
+class DownBlock(nn.Module):
+    """Discriminator's residual block: leaky ReLU, conv 3x3 [stride 2], leaky ReLU, conv 3x3 (in -> out), + skip.
+
+    No norm. The stride sits in the first convolution, so that the wide one works at the low resolution.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, down: bool):
+        super().__init__()
+        self.down = down
+        self.conv1 = nn.Conv2d(channels_in, channels_in, 3, stride=2 if down else 1, padding=1)
+        self.conv2 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, SLOPE)), SLOPE))
+        return h + self.skip(F.avg_pool2d(x, 2) if self.down else x)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over positions (SAGAN; [DAE] ref. 28): x + gamma * out(softmax(q k^T / sqrt d) v), gamma from 0.
+
+    Keys and values are averaged over 2x2 positions, which quarters the attention matrix.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.width = max(8, channels // 4)
+        self.query = nn.Conv2d(channels, self.width, 1, bias=False)
+        self.key_value = nn.Conv2d(channels, 2 * self.width, 1, bias=False)
+        self.out = nn.Conv2d(self.width, channels, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        pooled = F.avg_pool2d(x, 2) if height % 2 == 0 and width % 2 == 0 else x
+        q = self.query(x).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, d): no copy in channels-last
+        k, v = self.key_value(pooled).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=2)
+        # Written out: at this size faster than the fused kernels on CPUs, and differentiable twice.
+        attention = torch.softmax(q @ k.transpose(1, 2) * self.width**-0.5, dim=2)
+        attended = (attention @ v).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return x + self.gamma * self.out(attended)
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Seeded initial weights: He normal for convolutions and linear layers, biases 0.
+
+    The last convolution of every residual block starts small, so that a block begins close to its skip path; this
+    stands in for the normalisation that the discriminator does without.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            fan_in = layer.weight[0].numel()
+            std = math.sqrt(2 / fan_in) * (0.5 if name.endswith("conv2") else 1.0)
+            with torch.no_grad():
+                layer.weight.normal_(0.0, std, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.zero_()

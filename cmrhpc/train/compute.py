@@ -1,0 +1,38 @@
+"""Threads, determinism and number formats of a training task, set from the study and never from the allocation."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+from cmrhpc.study import Compute
+
+
+def setup_compute(compute: Compute) -> None:
+    """Set torch's threads and determinism for this process, and keep freed memory in the process."""
+    torch.set_num_threads(compute.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(compute.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none is read
+    torch.backends.cudnn.deterministic = compute.deterministic
+    torch.backends.cudnn.benchmark = not compute.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.mode == "fast"
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc not to give tensors' memory back to the kernel: page faults cost more than the arithmetic on them."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        pass  # another C library: only slower
+
+
+def autocast(compute: Compute, device: torch.device) -> torch.autocast:
+    """Bfloat16 arithmetic in fast mode, none in exact mode. Weights, optimizer states and losses stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute.mode == "fast")

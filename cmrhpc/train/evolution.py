@@ -1,0 +1,229 @@
+"""One generation of the evolution (METHODS M5; [DAE] 2.1-2.2, Algorithm 1), doing no work twice.
+
+All offspring come from one parent, so one noise draw and one forward pass through G serve every mutation. When D does
+not mix samples, the mutations' gradients at the images differ by one factor per sample only, and D's backward pass is
+done once. The real half of the fitness F_d is the same for all offspring and computed once. `plain.py` is the same
+algorithm written out line by line, and the tests hold one against the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cmrhpc.train import losses
+from cmrhpc.train.flat import Flat, adam_step
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one generation. B = batch, E = scoring batch, L = latent size, all on the device."""
+
+    real: Tensor  # (T, B, C, H, W) real images of the T discriminator steps
+    noise: Tensor  # (T, B, L)
+    lam: Tensor | None  # (T, B) mixup weights; None without mixup
+    training_noise: Tensor  # (1, B, L) shared by all offspring, or (survivors * mutations, B, L)
+    scoring_real: Tensor  # (E, C, H, W)
+    scoring_noise: Tensor  # (E, L)
+    # With classes (ACGAN) also the labels of each, else None.
+    real_label: Tensor | None = None  # (T, B)
+    label: Tensor | None = None  # (T, B) asked for with `noise`
+    training_label: Tensor | None = None  # (1 or survivors * mutations, B)
+    scoring_label: Tensor | None = None  # (E,)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one generation measured; offspring are ordered parent by parent, mutation by mutation."""
+
+    loss_d: Tensor  # () mean over the D steps
+    loss_g: Tensor  # (offspring,)
+    f_q: Tensor  # (offspring,)
+    f_d: Tensor  # (offspring,)
+    order: Tensor  # (survivors,) offspring numbers that survive, best first
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm goes on using the batch's statistics but leaves its running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class Evolution:
+    """Parents, their optimizer states, the discriminator and its own, and the generation step on them.
+
+    generator: module, z (N, L) [, label] -> images; discriminator: module, images -> logits (N,) [, class logits].
+    A network whose attribute `mixes_samples` is missing or true (batch norm, say) is treated with care: nothing is
+    shared that its mixing would make wrong. Both modules are kept in training mode and are changed in
+    place; after a generation `generator` holds the best survivor. `fast` runs the networks in bfloat16.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        mutations: Sequence[str] = tuple(losses.MUTATIONS),
+        survivors: int = 1,
+        gamma: float = 0.1,
+        learning_rate: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        r1: float = 0.0,
+        fast: bool = False,
+    ):
+        self.generator, self.discriminator = generator.train(), discriminator.train()
+        self.mutations = [losses.MUTATIONS[name] for name in mutations]
+        self.survivors, self.gamma, self.r1 = survivors, gamma, r1
+        self.learning_rate, self.betas, self.fast = learning_rate, betas, fast
+        self.step = 0  # generations done
+        self.d_steps = 0  # discriminator updates done
+        self.g, self.d = Flat(generator), Flat(discriminator)
+        # One row per parent. At the start all parents are equal, and one is enough.
+        self.parents = self.g.vector.clone()[None]
+        self.buffers = self.g.buffers.clone()[None]
+        self.first, self.second = torch.zeros_like(self.parents), torch.zeros_like(self.parents)
+        self.d_first, self.d_second = torch.zeros_like(self.d.vector), torch.zeros_like(self.d.vector)
+        self.d_mixes = getattr(discriminator, "mixes_samples", True)
+
+    def generation(self, draws: Draws) -> Outcome:
+        """Train D, make every parent's offspring, score them, keep the best with their own optimizer states."""
+        loss_d = torch.stack([self._train_discriminator(draws, t) for t in range(len(draws.real))]).mean()
+        loss_g, gradients, buffers = self._mutate(draws)
+        self.step += 1
+
+        # Every offspring takes one step from its parent's weights and optimizer state.
+        copies = len(self.mutations)
+        offspring = self.parents.repeat_interleave(copies, dim=0)
+        first, second = (x.repeat_interleave(copies, dim=0) for x in (self.first, self.second))
+        adam_step(offspring, gradients, first, second, self.step, self.learning_rate, self.betas)
+
+        # Score them on the same noise and the same real images, and select.
+        f_q, f_d = self._score(draws, offspring, buffers)
+        fitness = (f_q + self.gamma * f_d).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        order = torch.sort(fitness, descending=True, stable=True).indices[: self.survivors]
+        self.parents, self.first, self.second = offspring[order], first[order], second[order]
+        self.buffers = buffers[order]
+        self._hold(self.parents[0], self.buffers[0])
+        return Outcome(loss_d, loss_g, f_q, f_d, order)
+
+    # The parts of a generation.
+
+    def _hold(self, vector: Tensor, buffers: Tensor) -> None:
+        """Load one individual into the generator module."""
+        self.g.vector.copy_(vector)
+        self.g.buffers.copy_(buffers)
+
+    def _run(self, module: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(output, class logits or None) in float32 or wider; bfloat16 inside in fast mode."""
+        given = [x for x in inputs if x is not None]
+        with torch.autocast(given[0].device.type, dtype=torch.bfloat16, enabled=self.fast):
+            out = module(*given)
+        out, classes = out if isinstance(out, tuple) else (out, None)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        return out.to(wide), None if classes is None else classes.to(wide)
+
+    def _train_discriminator(self, draws: Draws, t: int) -> Tensor:
+        """One Adam step on L_D (M6); the fakes come from all parents in equal parts."""
+        real, parts = draws.real[t], len(self.parents)
+        label = None if draws.label is None else draws.label[t]
+        with torch.no_grad(), frozen_statistics(self.generator):
+            fakes = []
+            labels = [None] * parts if label is None else label.tensor_split(parts)
+            for s, z in enumerate(draws.noise[t].tensor_split(parts)):
+                self._hold(self.parents[s], self.buffers[s])
+                fakes.append(self._run(self.generator, z, labels[s])[0])
+            fake = torch.cat(fakes)
+        if draws.lam is not None:
+            loss = losses.mixup_loss(
+                self._run(self.discriminator, losses.mixup(real, fake, draws.lam[t]))[0], draws.lam[t]
+            )
+        else:
+            real_logit, real_classes = self._run(self.discriminator, real)
+            fake_logit, fake_classes = self._run(self.discriminator, fake)
+            loss = losses.discriminator_loss(real_logit, fake_logit)
+            if real_classes is not None and fake_classes is not None and draws.real_label is not None:
+                loss = loss + losses.class_loss(real_classes, draws.real_label[t])
+                loss = loss + losses.class_loss(fake_classes, draws.label[t])  # type: ignore[index]
+        objective = loss
+        if self.r1:
+            seen = real.detach().requires_grad_()
+            with frozen_statistics(self.discriminator):
+                objective = loss + self.r1 * losses.r1_penalty(self._run(self.discriminator, seen)[0], seen)
+        gradient = self._d_gradient(objective)
+        self.d_steps += 1
+        adam_step(self.d.vector, gradient, self.d_first, self.d_second, self.d_steps, self.learning_rate, self.betas)
+        return loss.detach()
+
+    def _mutate(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses (offspring,), their gradients (offspring, P), buffers (offspring, B) after the training pass)."""
+        count, shared = len(self.mutations), len(draws.training_noise) == 1
+        all_losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        buffers: list[Tensor] = []
+        for s in range(len(self.parents)):
+            # One forward pass serves `group` mutations: all of them with shared noise, else each its own.
+            groups = [self.mutations] if shared else [[m] for m in self.mutations]
+            for i, group in enumerate(groups):
+                k = 0 if shared else s * count + i
+                self._hold(self.parents[s], self.buffers[s])
+                label = None if draws.training_label is None else draws.training_label[k]
+                images, _ = self._run(self.generator, draws.training_noise[k], label)
+                values, upstream = self._image_gradients(images.detach(), label, group)
+                all_losses += values
+                for m, slope in enumerate(upstream):
+                    keep = m < len(group) - 1
+                    parts = torch.autograd.grad(images, self.g.parameters, slope, retain_graph=keep)
+                    gradients.append(self.g.pack(parts))
+                buffers += [self.g.buffers.clone()] * len(group)
+        return torch.stack(all_losses), torch.stack(gradients), torch.stack(buffers)
+
+    def _image_gradients(
+        self, images: Tensor, label: Tensor | None, mutations: Sequence
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Each mutation's loss and its gradient at the images, from one forward pass through D."""
+        images.requires_grad_()
+        with frozen_statistics(self.discriminator):
+            logit, classes = self._run(self.discriminator, images)
+        if self.d_mixes or classes is not None:
+            values = [mutation(logit) for mutation in mutations]
+            if classes is not None and label is not None:
+                values = [value + losses.class_loss(classes, label) for value in values]
+            slopes = [torch.autograd.grad(value, images, retain_graph=True)[0] for value in values]
+            return [value.detach() for value in values], slopes
+        # Sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i.
+        (slope,) = torch.autograd.grad(logit.sum(), images)
+        leaf = logit.detach().requires_grad_()
+        values = [mutation(leaf) for mutation in mutations]
+        factors = [torch.autograd.grad(value, leaf)[0] for value in values]
+        return [value.detach() for value in values], [f.view(-1, 1, 1, 1) * slope for f in factors]
+
+    def _score(self, draws: Draws, offspring: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
+        """F_q and F_d of every offspring on the same noise and the same unmixed real images ([DAE] 7, 8)."""
+        f_q, f_d = [], []
+        with frozen_statistics(self.discriminator), frozen_statistics(self.generator):
+            real_logit, _ = self._run(self.discriminator, draws.scoring_real)
+            real_gradient = self._d_gradient(losses.real_half(real_logit))  # the same for all offspring
+            for vector, buffer in zip(offspring, buffers, strict=True):
+                self._hold(vector, buffer)
+                with torch.no_grad():
+                    fake, _ = self._run(self.generator, draws.scoring_noise, draws.scoring_label)
+                fake_logit, _ = self._run(self.discriminator, fake)
+                fake_gradient = self._d_gradient(losses.fake_half(fake_logit))
+                f_q.append(losses.quality_fitness(fake_logit.detach()))
+                f_d.append(losses.diversity_fitness(real_gradient + fake_gradient))
+        return torch.stack(f_q), torch.stack(f_d)
+
+    def _d_gradient(self, loss: Tensor) -> Tensor:
+        """Gradient of a loss at D's parameters as one vector (P,); zero where the loss does not reach."""
+        return self.d.pack(torch.autograd.grad(loss, self.d.parameters, materialize_grads=True))

@@ -1,0 +1,72 @@
+"""All parameters of a module as one vector, and Adam on such vectors.
+
+Offspring of one parent are rows of a matrix, so that their optimizer step is a handful of operations whatever the
+number of layers, and a copy of a whole network with its optimizer state is one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Flat:
+    """Makes a module's parameters views of `vector` (P,) and its floating-point buffers views of `buffers` (B,).
+
+    4-D weights are laid out in the vector in the module's memory format, so that channels-last stays channels-last.
+    Writing into the vectors changes the module. The module must stay on its device afterwards.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.parameters = list(module.parameters())
+        self.channels_last = [p.dim() == 4 and not p.is_contiguous() for p in self.parameters]
+        self.sizes = [p.numel() for p in self.parameters]
+        self.vector = self.pack([p.detach() for p in self.parameters])
+        for parameter, view in zip(self.parameters, self.unpack(self.vector), strict=True):
+            parameter.data = view
+        buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self.buffers = torch.cat([b.detach().flatten() for b in buffers]) if buffers else self.vector.new_zeros(0)
+        for buffer, piece in zip(buffers, self.buffers.split([b.numel() for b in buffers]), strict=True):
+            buffer.data = piece.view_as(buffer)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor per parameter, of its shape -> (P,)."""
+        pieces = [
+            (t.permute(0, 2, 3, 1) if last else t).reshape(-1)
+            for t, last in zip(tensors, self.channels_last, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def unpack(self, vector: Tensor) -> list[Tensor]:
+        """(P,) -> one view per parameter, of its shape."""
+        views = []
+        for piece, parameter, last in zip(vector.split(self.sizes), self.parameters, self.channels_last, strict=True):
+            if last:
+                n, c, height, width = parameter.shape
+                views.append(piece.view(n, height, width, c).permute(0, 3, 1, 2))
+            else:
+                views.append(piece.view(parameter.shape))
+        return views
+
+
+def adam_step(
+    vector: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+) -> None:
+    """One step of Adam, in place on `vector`, `first` and `second` moments (any equal shapes); `step` counts from 1.
+
+    The operations and their order are those of torch.optim.Adam.
+    """
+    beta1, beta2 = betas
+    first.lerp_(gradient, 1 - beta1)
+    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    vector.addcdiv_(first, root, value=-learning_rate / (1 - beta1**step))
