@@ -1,0 +1,92 @@
+"""Predictions -> the report folder, written file by file so that a reader never sees half of one. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmrhpc import files
+from cmrhpc.errors import BadInput
+from cmrhpc.report import csvfiles, figures, tables
+from cmrhpc.report.collect import collect
+from cmrhpc.report.gallery import make_gallery
+from cmrhpc.report.page import render
+from cmrhpc.report.result import Result, evaluate
+
+SUMMARY = "summary.txt"
+
+
+@dataclass(frozen=True)
+class AggregateResult:
+    """What was written and what a caller decides an exit code by."""
+
+    folder: Path  # the report folder
+    page: Path
+    text: str  # aligned table, question and answer, for a terminal
+    n_expected: int
+    n_missing: int  # cells that are not computed or whose shard was refused
+    missing: dict[str, str]  # path of the shard -> why
+    refused: dict[str, str]  # files that are there and not used -> why
+    leaks: list[str]
+    result: Result
+
+
+def aggregate(folder: Path, out: Path | None = None) -> AggregateResult:
+    """Make the report of a workspace, or of a copied predictions folder alone, in `out` (default: FOLDER/report).
+
+    Missing cells are shown as missing and raise nothing. Raises BadInput when there is no usable prediction at all,
+    when two cohorts are mixed, or when the folder cannot be written.
+    """
+    folder = Path(folder)
+    out = Path(out) if out else folder / "report"
+    result = evaluate(collect(folder))
+    gallery = make_gallery(result.collection)
+    drawn = figures.all_figures(result)
+    pictures = drawn | {strip.name: strip.png for strip in gallery.strips}
+    pictures |= {name: data for name, (_, data) in gallery.curves.items()}
+    written: dict[str, str | bytes] = {
+        "table.csv": csvfiles.table_csv(result),
+        "folds.csv": csvfiles.folds_csv(result),
+        "patients.csv": csvfiles.patients_csv(result),
+        "comparisons.csv": csvfiles.comparisons_csv(result),
+        "comparison_details.csv": csvfiles.comparison_details_csv(result),
+        "best_ratio.csv": csvfiles.best_ratio_csv(result),
+        "classes.csv": csvfiles.classes_csv(result),
+        "table.md": tables.table_md(result),
+        "table.tex": tables.table_tex(result),
+        SUMMARY: (text := tables.summary_text(result)) + "\n",
+    }
+    if len(result.collection.study.classes) == 2:
+        del written["classes.csv"]
+    if not result.best:
+        del written["best_ratio.csv"]
+    written |= {f"figures/{name}": data for name, data in pictures.items()}
+    written["index.html"] = render(result, gallery, drawn)
+
+    # What an earlier report of another study left would stand beside the new one.
+    for name in ("classes.csv", "best_ratio.csv"):
+        if name not in written:
+            (out / name).unlink(missing_ok=True)
+    for name, data in written.items():
+        files.atomic_write(out / name, data)
+    collection = result.collection
+    return AggregateResult(
+        out,
+        out / "index.html",
+        text,
+        result.n_expected,
+        result.n_missing,
+        collection.missing,
+        collection.refused,
+        collection.leaks,
+        result,
+    )
+
+
+def terminal_table(folder: Path) -> str:
+    """The text of the last report of a workspace or predictions folder. Raises BadInput when there is none."""
+    path = Path(folder) / "report" / SUMMARY
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    except OSError:
+        raise BadInput("no report yet", str(path), "make it with `cmrhpc aggregate`") from None

@@ -1,0 +1,207 @@
+"""Collected predictions -> every number of the report, computed once; tables, figures and page only print them.
+
+A metric is the mean over repeats of the value pooled over a repeat's folds. All intervals of a row and all differences
+use the same resampled patients, so that arms stay paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cmrhpc.measure import metrics, statistics
+from cmrhpc.measure.metrics import METRICS
+from cmrhpc.report.collect import Cell, Collection, Key
+from cmrhpc.seeds import derive_seed
+
+Cells = dict[tuple[int, int], Cell]  # by (repeat, fold)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric with its 95 % interval, fractions in [0, 1]; NaN when undefined."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Metrics of one cell: a fold of a repeat."""
+
+    repeat: int
+    fold: int
+    n_images: int
+    n_patients: int
+    values: dict[str, float]
+    best_step: int
+
+
+@dataclass(frozen=True)
+class PerPatient:
+    """One prediction per patient: mean score over the patient's images and all repeats (highest score is the class).
+
+    A patient with images of two classes counts once for each.
+    """
+
+    patient: np.ndarray  # (U,) row of Collection.patients
+    label: np.ndarray  # (U,)
+    score: np.ndarray  # (U, K)
+    n_images: np.ndarray  # (U,) distinct images
+    n_predictions: np.ndarray  # (U,) images x repeats
+
+    @property
+    def predicted(self) -> np.ndarray:
+        return metrics.predicted_class(self.score)
+
+    @property
+    def right(self) -> np.ndarray:
+        return self.predicted == self.label
+
+
+@dataclass(frozen=True)
+class Row:
+    """One classifier, arm and ratio."""
+
+    key: Key
+    figures: dict[str, Figure]
+    counts: np.ndarray  # (K, K) confusion counts, mean over repeats: true class x predicted class
+    per_class: dict[str, np.ndarray]  # precision, recall, f1 (K,), mean over repeats
+    folds: list[Fold]
+    n_folds: int
+    n_repeats: int
+    n_missing: int
+    patients: PerPatient | None  # None when no cell is there
+    drawn: dict[str, np.ndarray] = field(repr=False, default_factory=dict)  # metric -> (draws,)
+
+    @property
+    def n_expected(self) -> int:
+        return len(self.folds) + self.n_missing
+
+
+class Evaluator:
+    """Measures cells with one set of resampled patients."""
+
+    def __init__(self, collection: Collection):
+        self.collection = collection
+        self.n_classes = len(collection.study.classes)
+        seed = derive_seed(collection.study.seed, "bootstrap")
+        self.weights = statistics.patient_weights(len(collection.patients), seed)
+
+    # ------------------------------------------------------------------------------------------ one row
+
+    def row(self, key: Key) -> Row:
+        cells = self.collection.cells.get(key, {})
+        n_missing = sum((t.classifier, t.arm, t.ratio) == key for t in self.collection.expected) - len(cells)
+        if not cells:
+            nan = np.full(self.n_classes, np.nan)
+            empty = {name: Figure(float("nan")) for name in METRICS}
+            nothing = {name: nan for name in ("precision", "recall", "f1")}
+            return Row(key, empty, np.full((self.n_classes,) * 2, np.nan), nothing, [], 0, 0, n_missing, None)
+        pooled = self.pooled(cells)
+        patients = per_patient(cells.values(), self.n_classes)
+        limits = self._limits(pooled, patients)
+        figures = {name: Figure(pooled.values[name], *limits[name]) for name in METRICS}
+        classes = [metrics.per_class(counts) for counts in pooled.counts]
+        means = {name: nanmean([found[name] for found in classes]) for name in classes[0]}
+        return Row(
+            key,
+            figures,
+            np.mean(pooled.counts, axis=0),
+            means,
+            [self._fold(cell) for _, cell in sorted(cells.items())],
+            len({fold for _, fold in cells}),
+            len({repeat for repeat, _ in cells}),
+            n_missing,
+            patients,
+            pooled.drawn,
+        )
+
+    def _fold(self, cell: Cell) -> Fold:
+        values = metrics.measure(cell.images.label, cell.score)
+        n_patients = len(np.unique(cell.images.patient))
+        return Fold(cell.task.repeat, cell.task.fold, len(cell.score), n_patients, values, cell.best_step)
+
+    def pooled(self, cells: Cells) -> Pooled:
+        """Values and bootstrap draws of a set of cells; the accuracy identity is asserted for every repeat."""
+        repeats = sorted({repeat for repeat, _ in cells})
+        values, drawn, counts = [], [], []
+        for repeat in repeats:
+            here = [cell for (r, _), cell in sorted(cells.items()) if r == repeat]
+            label, patient = (np.concatenate([getattr(c.images, n) for c in here]) for n in ("label", "patient"))
+            score = np.concatenate([cell.score for cell in here])
+            values.append(metrics.measure(label, score))
+            counts.append(metrics.confusion(label, metrics.predicted_class(score), self.n_classes))
+            drawn.append(self._draw(label, patient, score))
+        means = {name: float(nanmean([v[name] for v in values])) for name in METRICS}
+        # A repeat that lacks a class has no value of some metrics and so no part in their mean.
+        draws = {
+            name: np.mean([d[name] for d, v in zip(drawn, values, strict=True) if np.isfinite(v[name])], axis=0)
+            for name in METRICS
+            if np.isfinite(means[name])
+        }
+        return Pooled(means, draws, counts)
+
+    def _draw(self, label: np.ndarray, patient: np.ndarray, score: np.ndarray) -> dict[str, np.ndarray]:
+        """Metrics of one repeat for every resample of patients, (draws,) each."""
+        k, n_patients = self.n_classes, self.weights.shape[1]
+        flat = (patient * k + label) * k + metrics.predicted_class(score)
+        per_patient_counts = np.bincount(flat, minlength=n_patients * k * k).reshape(n_patients, k * k)
+        found = metrics.rates((self.weights @ per_patient_counts).reshape(-1, k, k))
+        return found | {"auc": metrics.class_auc(label, score, patient, self.weights)}
+
+    def _limits(self, pooled: Pooled, patients: PerPatient) -> dict[str, tuple[float, float]]:
+        """95 % interval of each metric; exact over patients where every resample gives 0 or 1."""
+        owners = [patients.patient[patients.label == label] for label in range(self.n_classes)]
+        per_class = [len(np.unique(owner)) for owner in owners]
+        smallest, all_of_them = min(per_class), len(np.unique(patients.patient))
+        binary = self.n_classes == 2
+        rests_on = {
+            "accuracy": all_of_them,
+            "sensitivity": per_class[1] if binary else smallest,
+            "specificity": per_class[0] if binary else smallest,
+            "balanced_accuracy": smallest,
+            "auc": smallest,
+        }
+        limits = {}
+        for name in METRICS:
+            low, high = statistics.interval(pooled.drawn.get(name, np.full(1, np.nan)), rests_on[name])
+            if low == high:  # no patient differs from another, so resampling them tells nothing
+                value, n = pooled.values[name], rests_on[name]
+                counted = binary and name in ("accuracy", "sensitivity", "specificity") and value in (0.0, 1.0)
+                low, high = statistics.exact_limits(round(value * n), n) if counted else (float("nan"),) * 2
+            limits[name] = (low, high)
+        return limits
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Mean over repeats of the pooled metrics, their bootstrap draws, and the confusion counts of each repeat."""
+
+    values: dict[str, float]
+    drawn: dict[str, np.ndarray]
+    counts: list[np.ndarray]
+
+
+def nanmean(values: Iterable[np.ndarray | float]) -> np.ndarray:
+    """Mean over the first axis of what is defined; NaN where nothing is."""
+    stacked = np.asarray(list(values), float)
+    there = np.isfinite(stacked)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(there, stacked, 0).sum(0) / there.sum(0)
+
+
+def per_patient(cells: Iterable[Cell], n_classes: int) -> PerPatient:
+    """Mean score of each patient over images and repeats."""
+    cells = list(cells)
+    label, patient, image = (np.concatenate([getattr(c.images, n) for c in cells]) for n in ("label", "patient", "row"))
+    score = np.concatenate([cell.score for cell in cells])
+    unit, inverse = np.unique(patient * n_classes + label, return_inverse=True)
+    count = np.bincount(inverse, minlength=len(unit))
+    total = np.stack([np.bincount(inverse, score[:, k], len(unit)) for k in range(n_classes)], axis=1)
+    first = np.unique(image, return_index=True)[1]
+    n_images = np.bincount(inverse[first], minlength=len(unit))
+    return PerPatient(unit // n_classes, unit % n_classes, total / count[:, None], n_images, count)

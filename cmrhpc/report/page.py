@@ -1,0 +1,222 @@
+"""The report page: one HTML file with everything inside, printed from one `Result`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+import struct
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from cmrhpc.measure.kernel_distance import FEATURES
+from cmrhpc.report import tables
+from cmrhpc.report.gallery import MAX_IMAGES, Gallery
+from cmrhpc.report.published import WARNING, published
+from cmrhpc.report.result import NONE, Result, arm_text, count, percent
+
+TEMPLATE = "page.html.j2"
+MAX_LISTED = 200  # missing cells, leaks and notes; the CSV files have all
+CAPTIONS = {
+    "accuracy.png": "Accuracy of every arm with its 95 % interval over patients; the dashed line is the arm none. "
+    "Hollow dots: with affine on top.",
+    "ratio_curve.png": "Accuracy over the ratio of synthetic to real images. Ratio 0 is real images alone; dashed "
+    "lines have affine on top. A maximum picked from this curve is picked on test patients: Best ratio below is not.",
+    "folds.png": "Every dot is one fold of one repeat: how far the figure moves with the split alone.",
+    "roc.png": "ROC over images, pooled over folds, mean over repeats. In brackets the AUC.",
+    "classifier_training.png": "Validation loss while the classifiers train, mean over folds and repeats. Ticks at the "
+    "bottom: the steps whose weights were restored.",
+}
+TITLES = {
+    "accuracy.png": "Accuracy per arm",
+    "ratio_curve.png": "Accuracy over the ratio",
+    "folds.png": "Fold by fold",
+    "roc.png": "ROC curves",
+    "classifier_training.png": "Training of the classifiers",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image inside the page: data URI, width in CSS pixels at most, text for who cannot see it."""
+
+    uri: str
+    width: int
+    height: int
+    title: str
+    caption: str
+
+
+def _picture(data: bytes, title: str, caption: str = "", scale: float = 1.0) -> Picture:
+    width, height = struct.unpack(">II", data[16:24])  # of the PNG header
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    return Picture(uri, round(width * scale), round(height * scale), title, caption)
+
+
+def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
+    """The whole page. Every text from outside (names, ids, reasons) is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("cmrhpc.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template(TEMPLATE)
+    study, collection = result.collection.study, result.collection
+    return template.render(
+        result=result,
+        study=study,
+        collection=collection,
+        groups=_groups(result),
+        published_warning=WARNING if any(published(k, len(study.classes)) for k in result.rows) else "",
+        figures=[_picture(drawn[n], TITLES[n], CAPTIONS[n], 1 / 1.3) for n in CAPTIONS if n in drawn],
+        intervals=tables.INTERVALS,
+        comparisons_note=tables.COMPARISONS,
+        main_header=tables.main_header(result)[1:],
+        comparison_header=tables.comparison_header(),
+        short_header=_without_metric([tables.comparison_header()])[0],
+        short_comparisons=_without_metric(tables.comparison_lines(result, study.primary.metric)),
+        n_primary=1 if result.primary else 0,
+        all_comparisons=tables.comparison_lines(result),
+        best_header=tables.best_header(),
+        best=tables.best_lines(result),
+        confusion=_confusion(result),
+        classes=_classes(result),
+        strips=_strips(result, gallery),
+        distances=_distances(result, gallery),
+        distance_note=_distance_note(gallery),
+        curves=[_picture(data, title, "", 1 / 1.3) for title, data in gallery.curves.values()],
+        gallery=gallery,
+        missing=_shortened(collection.missing),
+        max_listed=MAX_LISTED,
+        facts=_facts(result),
+        study_json=json.dumps(study.to_json(), indent=2),
+        count=count,
+        NONE=NONE,
+    )
+
+
+def _groups(result: Result) -> list[tuple[str, list[tuple[list[str], bool]]]]:
+    """Per classifier the lines of the main table without the classifier; True: the arm of the primary comparison."""
+    lines = tables.main_lines(result)
+    primary = result.primary.key if result.primary else None
+    groups: dict[str, list[tuple[list[str], bool]]] = {}
+    for key, line in zip(result.rows, lines, strict=True):
+        groups.setdefault(key[0], []).append((line[1:], key == primary))
+    return list(groups.items())
+
+
+def _without_metric(lines: list[list[str]]) -> list[list[str]]:
+    """Comparison lines of one metric, which their heading names."""
+    return [line[:3] + line[4:] for line in lines]
+
+
+def _confusion(result: Result) -> dict[str, Any]:
+    """Confusion counts, means over repeats; of a binary study as one line per row, else one matrix per row."""
+    classes = result.collection.study.classes
+    found = [(key, row) for key, row in result.rows.items() if row.folds]
+    lines = [[key[0], arm_text(*key[1:]), *(f"{n:.1f}" for n in row.counts.ravel())] for key, row in found]
+    return {"lines": lines, "binary": len(classes) == 2, "classes": classes}
+
+
+def _classes(result: Result) -> list[list[str]]:
+    """Multi-class studies: precision, recall and F1 per class."""
+    classes = result.collection.study.classes
+    if len(classes) == 2:
+        return []
+    lines = []
+    for key, row in result.rows.items():
+        for i, name in enumerate(classes if row.folds else ()):
+            measured = [percent(float(row.per_class[m][i])) for m in ("precision", "recall", "f1")]
+            lines.append([key[0], arm_text(*key[1:]), name, *measured])
+    return lines
+
+
+def _strips(result: Result, gallery: Gallery) -> list[tuple[str, list[Picture]]]:
+    """Per class its sample strips, real first."""
+    classes = result.collection.study.classes
+    return [
+        (name, [_picture(s.png, s.kind, f"{s.kind}, {name}") for s in gallery.strips if s.label == label])
+        for label, name in enumerate(classes)
+        if any(s.label == label for s in gallery.strips)
+    ]
+
+
+def _distances(result: Result, gallery: Gallery) -> list[list[str]]:
+    classes = result.collection.study.classes
+    refiners = list(dict.fromkeys(name for d in gallery.distances for name in d.refined))
+    refined = [f"refined ({name})" for name in refiners]
+    lines = [["generator", "fold", "class", "untrained", "trained", *refined, "floor", "held out"]]
+    for d in sorted(gallery.distances, key=lambda d: (d.label, d.generator, d.fold)):
+        values = [d.untrained, d.trained, *(d.refined.get(r, float("nan")) for r in refiners), d.floor]
+        texts = [f"{v:.4f}" if v == v else NONE for v in values]
+        lines.append([d.generator, str(d.fold), classes[d.label], *texts, count(d.n_held_out, "image")])
+    return lines if len(lines) > 1 else []
+
+
+def _distance_note(gallery: Gallery) -> str:
+    return (
+        f"Unbiased kernel distance (cubic kernel, features of a {FEATURES}) to the held-out real images of the class "
+        f"and fold, at most {MAX_IMAGES} images a side, repeat 0. Smaller is nearer. Floor: real training images to "
+        "the same held-out images, which belong to other patients. Values near zero may be negative; they do not "
+        "compare with published KID."
+    )
+
+
+def _shortened(missing: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Missing cells grouped by reason."""
+    groups: dict[str, list[str]] = {}
+    for path, reason in missing.items():
+        groups.setdefault(reason, []).append(path.removeprefix("predictions/").removesuffix(".h5"))
+    return list(groups.items())
+
+
+def _facts(result: Result) -> list[tuple[str, str]]:
+    """Provenance: what these numbers were made from and with."""
+    collection, study = result.collection, result.collection.study
+    cells = [cell for row in collection.cells.values() for cell in row.values()]
+
+    def told(name: str) -> str:
+        values = sorted({str(cell.shard.info.get(name, "")) for cell in cells} - {""})
+        return ", ".join(values[:6]) + (f" and {len(values) - 6} more" if len(values) > 6 else "") if values else NONE
+
+    written = sorted(str(cell.shard.info.get("written", "")) for cell in cells)
+    seconds = [cell.shard.info.get("seconds") for cell in cells]
+    spent = sum(s for s in seconds if isinstance(s, int | float))
+    used = ("numpy", "scipy", "scikit-learn", "statsmodels", "h5py", "matplotlib")
+    versions = ", ".join(f"{name} {_version(name)}" for name in used)
+    inputs = {path: value for cell in cells[:1] for path, value in cell.shard.inputs.items() if path.count("/") == 0}
+    return [
+        ("study", f"{study.name}, from {collection.study_from}; seed {study.seed}"),
+        ("design", f"{study.folds.k} folds x {study.folds.repeats} repeats, split by {study.folds.group_by}"),
+        ("predictions", f"{count(len(cells), 'shard')} of {result.n_expected}, written {written[0]} to {written[-1]}"),
+        (
+            "compute",
+            f"{study.compute.mode} mode, {count(study.compute.threads, 'thread')} per task; devices {told('device')}",
+        ),
+        ("training time", _hours(spent)),
+        ("code of the tasks", told("code_version")),
+        ("container", told("container_sha256")),
+        *((f"content of {path}", value) for path, value in sorted(inputs.items())),
+        ("this page", f"cmrhpc {_version('cmrhpc')}, Python {platform.python_version()}, {versions}"),
+    ]
+
+
+def _hours(seconds: float) -> str:
+    """Time of all classifier tasks together."""
+    if seconds <= 0:
+        return NONE
+    return f"{seconds / 3600:.1f} task hours" if seconds >= 3600 else f"{seconds / 60:.1f} task minutes"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        from cmrhpc import __version__
+
+        return __version__ if name == "cmrhpc" else "?"

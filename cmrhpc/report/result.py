@@ -1,0 +1,209 @@
+"""All results of a report in one place, and how each number is written. Tables, figures and page print from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from cmrhpc.report.collect import Collection, Key
+from cmrhpc.report.compare import BestRatio, Comparison, best_ratios, compare_all, primary_key
+from cmrhpc.report.evaluate import Evaluator, Figure, Row
+from cmrhpc.study import arm_parts
+
+NONE = "–"  # a number that is missing or undefined
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "balanced_accuracy": "balanced accuracy",
+    "auc": "AUC",
+}
+FEW_PATIENTS = 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one aggregation found."""
+
+    collection: Collection
+    rows: dict[Key, Row]
+    comparisons: list[Comparison]
+    best: list[BestRatio]
+    primary: Comparison | None
+    question: str
+    answer: str
+    patients_line: str
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def n_expected(self) -> int:
+        return len(self.collection.expected)
+
+    @property
+    def n_missing(self) -> int:
+        return len(self.collection.missing)
+
+
+def evaluate(collection: Collection) -> Result:
+    """Measure all rows and comparisons of a collection."""
+    evaluator = Evaluator(collection)
+    rows = {key: evaluator.row(key) for key in collection.keys}
+    comparisons = compare_all(evaluator, rows)
+    primary = next((c for c in comparisons if c.primary), None)
+    question, answer = answer_in_words(collection, primary, primary_key(evaluator))
+    return Result(
+        collection,
+        rows,
+        comparisons,
+        best_ratios(evaluator),
+        primary,
+        question,
+        answer,
+        patients_in_words(collection),
+        warnings_of(collection),
+    )
+
+
+# ------------------------------------------------------------------------------------- how numbers are written
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percent with one decimal."""
+    return NONE if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def share(value: float) -> str:
+    """An AUC: three decimals."""
+    return f"{value:.3f}" if math.isfinite(value) else NONE
+
+
+def metric_text(metric: str, value: float) -> str:
+    return share(value) if metric == "auc" else percent(value)
+
+
+def figure_text(metric: str, figure: Figure, dash: str = "–") -> str:
+    """`84.7 (79.8–89.2)`: value and 95 % interval."""
+    if not math.isfinite(figure.value):
+        return NONE
+    value = metric_text(metric, figure.value)
+    if not math.isfinite(figure.low):
+        return f"{value} (no interval)"
+    return f"{value} ({metric_text(metric, figure.low)}{dash}{metric_text(metric, figure.high)})"
+
+
+def points(value: float, sign: bool = False) -> str:
+    """A difference of fractions in percentage points; never `-0.0`."""
+    if not math.isfinite(value):
+        return NONE
+    text = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return "0.0" if text in ("-0.0", "+0.0") else text
+
+
+def p_text(p: float) -> str:
+    if not math.isfinite(p):
+        return NONE
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def arm_text(arm: str, ratio: float) -> str:
+    return f"{arm} at ratio {ratio:g}" if ratio else arm
+
+
+def count(n: int, word: str, words: str = "") -> str:
+    """`1 fold`, `2 folds`, `6 normal patients`."""
+    return f"{n:,} {word if n == 1 else words or word + 's'}"
+
+
+def chosen_text(chosen: dict[float, int]) -> str:
+    """`ratio 1: 3 times, ratio 3: 22 times`."""
+    return ", ".join(f"ratio {ratio:g}: {count(n, 'time')}" for ratio, n in chosen.items() if n)
+
+
+def verdict(c: Comparison) -> str:
+    """The comparison in words, for one that can be made."""
+    if not math.isfinite(c.difference):
+        return "cannot be computed"
+    if not math.isfinite(c.p_corrected_t):
+        return "no test is possible on so few folds"
+    if c.distinguishable:
+        return f"distinguishable from no effect: {'better' if c.difference > 0 else 'worse'}"
+    return "not distinguishable from no effect"
+
+
+# ---------------------------------------------------------------------------------------------- sentences
+
+
+def patients_in_words(collection: Collection) -> str:
+    """`6 normal patients (93 images), 24 disease patients (433 images)`."""
+    parts = [
+        f"{count(patients, f'{name} patient')} ({count(images, 'image')})"
+        for name, patients, images in collection.patients_per_class()
+    ]
+    return ", ".join(parts)
+
+
+def answer_in_words(collection: Collection, primary: Comparison | None, declared: tuple[Key, str]) -> tuple[str, str]:
+    """The question that the study declared before it ran, and the answer, a sentence each."""
+    (classifier, arm, ratio), versus = declared
+    metric = METRIC_NAMES[collection.study.primary.metric]
+    training = "training on real images alone" if versus == "none" else f"the arm {versus}"
+    question = f"Does {arm_text(arm, ratio)} change the {metric} of {classifier}, compared with {training} ({versus})?"
+    name = f"ratio {ratio:g} of {arm}" if ratio else arm
+    if primary is None:
+        return question, f"{name}: the study compares it with itself, so there is no answer."
+    if not primary.n_common or not math.isfinite(primary.difference):
+        why = "no fold has both arms yet" if not primary.n_common else f"the {metric} is undefined on these images"
+        return question, f"{name}: no answer, {why}."
+    limits = f"95 % interval {points(primary.low)} to {points(primary.high)}"
+    effect = f"{points(primary.difference, sign=True)} points {metric}"
+    tail = f"; {verdict(primary)}"
+    if math.isfinite(primary.p_corrected_t):
+        p = p_text(primary.p_corrected_t)
+        tail += f" (p {p})" if p.startswith("<") else f" (p = {p})"
+    if primary.n_left_out:
+        both = count(primary.n_common, "cell")
+        tail += f"; on the {both} (fold and repeat) that both arms have, {primary.n_left_out} left out"
+    return question, f"{name}: {effect}, {limits}{tail}."
+
+
+def warnings_of(collection: Collection) -> list[str]:
+    """What a reader must know before reading any number, most serious first."""
+    study, found = collection.study, []
+    if study.folds.group_by == "image":
+        found.append(
+            'Leaking by design: this study splits images, not patients (group_by = "image", as the papers did). Images '
+            "of one patient are near copies, so every figure here is too good; it is no accuracy on new patients."
+        )
+    if collection.leaks and study.folds.group_by == "patient":
+        found.append("Leak: test patients or test images were found in training; see Missing cells and leaks.")
+    if collection.missing:
+        found.append(
+            f"Incomplete: {len(collection.missing)} of {len(collection.expected)} cells are missing; the figures rest "
+            "on the others and may move."
+        )
+    few = [(name, n) for name, n, _ in collection.patients_per_class() if n < FEW_PATIENTS]
+    if few:
+        named, step = " and ".join(count(n, f"{name} patient") for name, n in few), 100 / max(1, min(n for _, n in few))
+        found.append(
+            f"Only {named}: a rate of that class moves by about {step:.0f} points when one patient is read differently."
+        )
+    cells = study.folds.k * study.folds.repeats
+    if cells < 5:
+        found.append(f"Only {cells} folds x repeats: the tests have little power, and no effect is the likely finding.")
+    return found
+
+
+def ratio_arms(result: Result) -> dict[str, list[tuple[str, list[tuple[float, Row]]]]]:
+    """Per classifier the curves metric over ratio: (arm, [(ratio, row)]), ratio 0 from the arm none or affine."""
+    study = result.collection.study
+    curves: dict[str, list[tuple[str, list[tuple[float, Row]]]]] = {}
+    for classifier in study.classifiers:
+        by_arm: dict[str, list[tuple[float, Row]]] = {}
+        for (name, arm, ratio), row in result.rows.items():
+            if name == classifier and ratio > 0 and row.folds:
+                by_arm.setdefault(arm, []).append((ratio, row))
+        for arm, curve in by_arm.items():
+            start = result.rows.get((classifier, "affine" if arm_parts(arm, study).affine else "none", 0.0))
+            whole = sorted(([(0.0, start)] if start and start.folds else []) + curve, key=lambda point: point[0])
+            curves.setdefault(classifier, []).append((arm, whole))
+    return curves

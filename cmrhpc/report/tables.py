@@ -1,0 +1,236 @@
+"""The tables of a report as Markdown, LaTeX and plain text, all from one `Result`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from cmrhpc.measure.metrics import METRICS
+from cmrhpc.report.collect import Key
+from cmrhpc.report.published import WARNING, WARNING_SHORT, Published, published
+from cmrhpc.report.result import (
+    METRIC_NAMES,
+    NONE,
+    Result,
+    arm_text,
+    chosen_text,
+    count,
+    figure_text,
+    metric_text,
+    p_text,
+    points,
+    verdict,
+)
+
+INTERVALS = (
+    "Intervals: 95 %, patients resampled with all their images (bootstrap, expanded percentiles). They cover which "
+    "patients were drawn, not how training would go another time."
+)
+COMPARISONS = (
+    "Differences in percentage points (AUC: hundredths) on the folds that both have. Interval: the wider of "
+    "patient bootstrap and corrected resampled t. p: corrected t over folds and repeats (Nadeau-Bengio), which decides; "
+    "McNemar: one prediction per patient, exact, for these trained models only (balanced accuracy: patient-wise "
+    "permutation; AUC: DeLong on patients). One comparison, the primary, was declared before the study ran; all others "
+    "are exploratory, Holm-corrected within a classifier and metric."
+)
+
+
+# ------------------------------------------------------------------------------- tables for people, one source
+
+
+def _published(result: Result, key: Key) -> Published | None:
+    return published(key, len(result.collection.study.classes))
+
+
+def main_header(result: Result) -> list[str]:
+    units = [f"{METRIC_NAMES[m]}{'' if m == 'auc' else ' %'}" for m in METRICS]
+    return ["classifier", "arm", "ratio", *units, "published acc / sens / spec %", "folds x repeats", "missing"]
+
+
+def main_lines(result: Result, dash: str = "–") -> list[list[str]]:
+    """The main table as text, in the order of `main_header`."""
+    lines = []
+    for key, row in result.rows.items():
+        told = _published(result, key)
+        lines.append(
+            [
+                key[0],
+                key[1],
+                f"{key[2]:g}",
+                *(figure_text(m, row.figures[m], dash) for m in METRICS),
+                told.text() if told else NONE,
+                f"{row.n_folds} x {row.n_repeats}",
+                str(row.n_missing),
+            ]
+        )
+    return lines
+
+
+def comparison_header() -> list[str]:
+    return [
+        "classifier",
+        "arm",
+        "versus",
+        "metric",
+        "points",
+        "95 % interval",
+        "p",
+        "McNemar",
+        "Holm",
+        "rests on",
+        "reading",
+    ]
+
+
+def comparison_lines(result: Result, metric: str | None = None) -> list[list[str]]:
+    """Comparisons as text, the primary first; of one metric, or of all."""
+    lines = []
+    for c in sorted(result.comparisons, key=lambda c: not c.primary):
+        if metric and c.metric != metric and not c.primary:
+            continue
+        limits = f"{points(c.low)} to {points(c.high)}" if math.isfinite(c.low) else NONE
+        on = count(c.n_common, "cell") + (f", {c.n_left_out} left out" if c.n_left_out else "")
+        patients = c.p_delong if c.metric == "auc" else c.p_mcnemar
+        lines.append(
+            [
+                c.key[0],
+                arm_text(*c.key[1:]),
+                c.versus,
+                METRIC_NAMES[c.metric],
+                points(c.difference, sign=True),
+                limits,
+                p_text(c.p_corrected_t),
+                p_text(patients),
+                p_text(c.p_holm),
+                on,
+                ("primary: " if c.primary else "") + verdict(c),
+            ]
+        )
+    return lines
+
+
+def best_lines(result: Result) -> list[list[str]]:
+    return [
+        [
+            b.classifier,
+            b.arm,
+            chosen_text(b.chosen),
+            *(metric_text(m, b.pooled.values[m]) for m in METRICS),
+            f"{b.n_common} cells" + (f", {b.n_left_out} left out" if b.n_left_out else ""),
+        ]
+        for b in result.best
+    ]
+
+
+def best_header() -> list[str]:
+    units = [f"{METRIC_NAMES[m]}{'' if m == 'auc' else ' %'}" for m in METRICS]
+    return ["classifier", "arm", "ratio chosen on validation patients", *units, "rests on"]
+
+
+# ------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown and the HTML inside it take literally."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + c if c in "\\`*_[]|~#" else c for c in text)
+
+
+def _markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    rows = [list(header), ["---"] * len(header)]
+    shown = [f"| {' | '.join(markdown_text(cell) for cell in row)} |" for row in (rows[0], *lines)]
+    return [shown[0], f"|{'|'.join(rows[1])}|", *shown[1:]]
+
+
+def table_md(result: Result) -> str:
+    study = result.collection.study
+    parts = [f"# {markdown_text(study.name)}", "", f"{markdown_text(result.question)}", ""]
+    parts += [f"**{markdown_text(result.answer)}**", "", f"On {markdown_text(result.patients_line)}.", ""]
+    parts += [f"> {markdown_text(warning)}\n" for warning in result.warnings]
+    parts += _markdown_table(main_header(result), main_lines(result))
+    parts += ["", markdown_text(INTERVALS), ""]
+    if any(_published(result, key) for key in result.rows):
+        parts += [markdown_text(WARNING), ""]
+    parts += ["## Comparisons", "", *_markdown_table(comparison_header(), comparison_lines(result))]
+    parts += ["", markdown_text(COMPARISONS), ""]
+    if result.best:
+        parts += ["## Best ratio, chosen on validation patients", ""]
+        parts += [*_markdown_table(best_header(), best_lines(result)), ""]
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- LaTeX
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "–": "--",
+    '"': "''",
+    "|": r"$|$",
+}
+
+
+def tex_text(text: str) -> str:
+    """Text with everything escaped that LaTeX would interpret; what its standard fonts lack becomes `?`."""
+    plain = (" " if c.isspace() else c if (c.isprintable() and ord(c) < 0x250) or c in _TEX else "?" for c in text)
+    return "".join(_TEX.get(c, c) for c in plain)
+
+
+def table_tex(result: Result) -> str:
+    """A tabular to \\input; needs no package. What stands beside each row is `published`."""
+    header = [cell.replace("published acc / sens / spec", "published") for cell in main_header(result)]
+    lines = [
+        f"% {tex_text(result.collection.study.name)}: made by cmrhpc aggregate; \\input it inside a table environment.",
+        f"% {WARNING_SHORT}",
+        rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
+        r"\hline",
+        " & ".join(tex_text(cell) for cell in header) + r" \\",
+        r"\hline",
+    ]
+    classifier = ""
+    for row in main_lines(result):
+        if classifier and row[0] != classifier:
+            lines.append(r"\hline")
+        classifier = row[0]
+        lines.append(" & ".join(tex_text(cell) for cell in row) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+# ------------------------------------------------------------------------------------------------- terminal
+
+
+def summary_text(result: Result) -> str:
+    """The main table for a terminal, aligned, the answer, and what is missing."""
+    header = ["classifier", "arm", "ratio", "accuracy %", "sens %", "spec %", "AUC", "published %"]
+    lines = []
+    for key, row in result.rows.items():
+        told = _published(result, key)
+        cells = [key[0], key[1], f"{key[2]:g}", figure_text("accuracy", row.figures["accuracy"], "-")]
+        cells += [metric_text(m, row.figures[m].value) for m in ("sensitivity", "specificity", "auc")]
+        lack = f"  {row.n_missing} missing" if row.n_missing else ""
+        cells.append((told.text().split(" /")[0] if told else "") + lack)
+        lines.append([cell.replace(NONE, "-") for cell in cells])
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+
+    def aligned(line: list[str]) -> str:
+        left = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        return "  ".join([*left[:-1], line[-1] if line is not header else left[-1]]).rstrip()
+
+    parts = [aligned(header), *(aligned(line) for line in lines), "", result.question, result.answer]
+    parts += [f"on {result.patients_line}", *(f"! {warning}" for warning in result.warnings)]
+    return printable("\n".join(parts))
+
+
+def printable(text: str) -> str:
+    """Text without control characters but line breaks: a name cannot move the terminal's cursor."""
+    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
