@@ -1,0 +1,386 @@
+"""The verbs of `cmrhpc`. Each reads its arguments, calls one function, and prints; imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmrhpc.errors import EXIT_INTERRUPTED, BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, UsageError
+
+STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message, self.prog, f"`{self.prog} --help` shows an example")
+
+
+def _say(value: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(value) if as_json else text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ the verbs
+
+
+def phantom(args: argparse.Namespace) -> int:
+    from cmrhpc.data.phantom import write_phantom
+
+    write_phantom(Path(args.raw), args.patients, args.seed)
+    print(f"{args.raw}: simulated native-T1 cohort of {args.patients} patients; table cohort.csv")
+    return 0
+
+
+def init(args: argparse.Namespace) -> int:
+    from cmrhpc.init import make_workspace
+
+    columns = dict(_pair(text) for text in args.column)
+    study = make_workspace(
+        Path(args.workspace),
+        args.study,
+        Path(args.raw),
+        args.table,
+        columns,
+        args.spacing,
+        args.channels,
+        args.positive,
+    )
+    classes = ", ".join(study.classes)
+    print(f'{args.workspace}/study.toml: study "{study.name}", classes {classes}')
+    if len(study.classes) == 2:
+        print(f"positive class: {study.classes[1]}")
+    print(f"next: cmrhpc run {args.workspace}")
+    return 0
+
+
+def ingest(args: argparse.Namespace) -> int:
+    from cmrhpc.stages.task import run_task
+    from cmrhpc.workspace import Workspace
+
+    print(run_task(Workspace(args.workspace), "ingest", 0))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    from cmrhpc.workspace import Workspace, array_ranges
+
+    workspace = Workspace(args.workspace)
+    states = workspace.states((args.stage,) if args.stage else STAGES)
+    if args.array:
+        if not args.stage:
+            raise UsageError("--array needs --stage", "", "cmrhpc plan WS --stage synthesize --array")
+        missing = [s.index for s in states[args.stage] if not s.done]
+        if not missing:
+            print(f"stage {args.stage}: nothing is missing", file=sys.stderr)
+        for line in array_ranges(missing, args.chunk):
+            print(line)
+        return 0
+    counts = {
+        stage: {"total": len(found), "done": sum(s.done for s in found), "missing": sum(not s.done for s in found)}
+        for stage, found in states.items()
+    }
+    if args.json:
+        tasks = [
+            {"stage": stage, "index": s.index, "output": s.task.output, "done": s.done, "reason": s.reason}
+            for stage, found in states.items()
+            for s in found
+        ]
+        print(json.dumps({"stages": counts, "tasks": tasks}))
+        return 0
+    for stage, count in counts.items():
+        print(f"{stage:<10} {count['total']:>6} tasks  {count['done']:>6} done  {count['missing']:>6} missing")
+    if args.stage or args.why:
+        for stage, found in states.items():
+            for s in found:
+                print(f"{stage} {s.index:>5}  {s.task.title}: {'done' if s.done else s.reason}")
+    return 0
+
+
+def task(args: argparse.Namespace) -> int:
+    import signal
+
+    from cmrhpc.launch import records
+    from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
+    from cmrhpc.workspace import Workspace
+
+    workspace = Workspace(args.workspace)
+    index = _array_index(args.index, args.stage)
+    request = StopRequest()
+    with stop_on_signals(request):
+        records.write_record(workspace, args.stage, index, records.RUNNING)
+        try:
+            message = run_task(workspace, args.stage, index, should_stop=request)
+        except Checkpointed as error:
+            records.write_record(workspace, args.stage, index, records.STOPPED, error.what)
+            if request.number == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            records.write_record(workspace, args.stage, index, records.FAILED, reason)
+            raise
+    records.write_record(workspace, args.stage, index, records.DONE, message)
+    print(message)
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    from cmrhpc.launch.local import run as run_all
+    from cmrhpc.workspace import Workspace
+
+    workspace = Workspace(args.workspace)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = args.jobs or max(1, cores // workspace.study.compute.threads)
+    summary = run_all(workspace, jobs, args.plain)
+    if not summary.done and not summary.failed and not summary.missing:
+        print(f"nothing to do: all {summary.already} tasks are done")
+    table = workspace.path("report/table.md")
+    if table.is_file() and not summary.interrupted:
+        from cmrhpc.report.aggregate import terminal_table
+
+        print(f"\n{terminal_table(workspace.root)}")
+        print(f"report page: {workspace.path('report/index.html')}")
+    if summary.interrupted:
+        print("interrupted: what was finished is kept; `cmrhpc run` goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if summary.failed or summary.missing:
+        lines = [f"{title}: {reason.splitlines()[0]} (log: {log})" for title, reason, log in summary.failed]
+        lines += [f"{title}: not started, its inputs are missing" for title in summary.missing]
+        what = f"{len(summary.failed)} tasks failed, {len(summary.missing)} could not start"
+        raise Incomplete(what, "\n         ".join(lines[:20]), "see the logs, then run the same command again")
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    from cmrhpc.launch.status import print_status, watch
+
+    return watch(args.workspace) if args.watch else print_status(args.workspace, args.json)
+
+
+def aggregate(args: argparse.Namespace) -> int:
+    from cmrhpc.report.aggregate import terminal_table
+    from cmrhpc.stages.aggregate import aggregate_folder
+
+    result = aggregate_folder(Path(args.workspace))
+    print(terminal_table(Path(args.workspace)))
+    print(f"report page: {Path(args.workspace).absolute() / 'report' / 'index.html'}")
+    if result.n_missing:
+        what = f"{result.n_missing} of {result.n_expected} predictions are missing; the tables show where"
+        raise Incomplete(
+            what, str(args.workspace), "cmrhpc run (or submit) makes what is missing, then aggregate again"
+        )
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from cmrhpc.verify import verify as check
+    from cmrhpc.workspace import Workspace
+
+    result = check(Workspace(args.workspace))
+    if args.json:
+        print(json.dumps({"digest": result.digest, "damaged": result.damaged, "leaks": result.leaks}))
+    else:
+        for line in result.damaged + result.leaks:
+            print(line)
+        print(f"{result.files} files and {result.shards} shards checked; {result.missing} tasks are not done yet")
+        print(f"digest {result.digest}")
+    if result.damaged or result.leaks:
+        if args.json:
+            return Damage.exit_code
+        what = f"{len(result.damaged)} damaged, {len(result.leaks)} leaks"
+        raise Damage(what, args.workspace, "`cmrhpc run` makes the damaged part again; a leak needs its cause mended")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from cmrhpc.data.export import export as write_images
+
+    count = write_images(Path(args.workspace), args.shard, Path(args.to), args.format, args.limit)
+    print(f"{args.to}: {count} images")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from cmrhpc.doctor import findings
+
+    found = findings(Path(args.workspace) if args.workspace else None)
+    lines = []
+    for finding in found:
+        lines.append(f"{'ok  ' if finding['ok'] else 'MEND'} {finding['what']}")
+        lines += [f"     {finding['mend']}"] if finding["mend"] and not finding["ok"] else []
+    _say({"findings": found}, args.json, "\n".join(lines))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ reading arguments
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name or not value:
+        raise UsageError(f'"{text}" is not OURS=THEIRS', "--column", "for example --column patient=subject")
+    return name, value
+
+
+def _array_index(given: int | None, stage: str) -> int:
+    if given is not None:
+        return given
+    if stage in ("ingest", "aggregate"):
+        return 0
+    text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not text.isdigit():
+        raise UsageError("which task?", f"stage {stage}", "give --index I, or run in a Slurm array")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments and examples."""
+    top = _Parser(
+        prog="cmrhpc", description="GAN data augmentation of small medical-image sets: does it help, how much?"
+    )
+    from cmrhpc import __version__
+
+    top.add_argument("--version", action="version", version=f"cmrhpc {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, call: Callable[[argparse.Namespace], int], text: str, example: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(call=call)
+        made.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        return made
+
+    p = verb(
+        "phantom",
+        phantom,
+        "write a simulated native-T1 cohort as a raw folder",
+        "cmrhpc phantom raw --patients 40 --seed 1",
+    )
+    p.add_argument("raw", metavar="RAW", help="new folder")
+    p.add_argument("--patients", type=int, default=40, metavar="N")
+    p.add_argument("--seed", type=int, default=0, metavar="S")
+
+    p = verb("init", init, "make a workspace with an editable study.toml", "cmrhpc init ws --study demo --raw raw")
+    p.add_argument("workspace", metavar="WORKSPACE", help="new or empty folder")
+    p.add_argument("--study", required=True, metavar="NAME_OR_TOML", help="a shipped study (demo, fu2021) or a file")
+    p.add_argument("--raw", required=True, metavar="RAW", help="raw folder with images and their table")
+    p.add_argument("--table", default=None, metavar="FILE", help="table in the raw folder (default cohort.csv)")
+    p.add_argument(
+        "--column", action="append", default=[], metavar="OURS=THEIRS", help="map a column, e.g. patient=subject"
+    )
+    p.add_argument("--spacing", type=float, default=None, metavar="MM", help="pixel spacing of files that hold none")
+    p.add_argument("--channels", type=int, default=None, choices=(1, 3))
+    p.add_argument("--positive", default=None, metavar="LABEL", help="the positive class of a binary study")
+
+    p = verb("ingest", ingest, "raw folder -> cohort and folds", "cmrhpc ingest ws")
+    p.add_argument("workspace", metavar="WORKSPACE")
+
+    p = verb(
+        "plan", plan, "the tasks, what is done, what is missing and why", "cmrhpc plan ws --stage synthesize --array"
+    )
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument("--stage", choices=STAGES)
+    p.add_argument("--array", action="store_true", help="print the missing indices for sbatch --array")
+    p.add_argument("--chunk", type=int, default=0, metavar="N", help="at most N tasks per line of --array")
+    p.add_argument("--why", action="store_true", help="list every task with its reason")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("task", task, "run one task", "cmrhpc task ws --stage synthesize --index 0")
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument("--stage", required=True, choices=STAGES)
+    p.add_argument("--index", type=int, default=None, metavar="I", help="default: SLURM_ARRAY_TASK_ID")
+
+    p = verb("run", run, "everything missing, on this machine", "cmrhpc run ws --jobs 2")
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument("--jobs", type=int, default=0, metavar="N", help="tasks at once (default: cores / threads per task)")
+    p.add_argument("--plain", action="store_true", help="plain lines instead of bars")
+
+    p = verb("status", status, "done / running / waiting / failed per stage", "cmrhpc status ws --watch")
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument("--watch", action="store_true", help="look again every few seconds")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("aggregate", aggregate, "tables, figures and the report page; no torch, no cluster", "cmrhpc aggregate ws")
+    p.add_argument("workspace", metavar="WORKSPACE", help="a workspace, or a folder with a copied predictions/")
+
+    p = verb("verify", verify, "re-hash every file, prove no leak, print one digest", "cmrhpc verify ws")
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument("--json", action="store_true")
+
+    p = verb(
+        "export",
+        export,
+        "images of a shard as .mha or .png",
+        "cmrhpc export ws --shard cohort.h5 --to out --format mha",
+    )
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument(
+        "--shard",
+        required=True,
+        metavar="PATH",
+        help="from the workspace, e.g. synthetic/dae-gan/fold0_repeat0_class1.h5",
+    )
+    p.add_argument("--to", required=True, metavar="FOLDER")
+    p.add_argument("--format", choices=("mha", "png"), default="png")
+    p.add_argument("--limit", type=int, default=0, metavar="N", help="at most N images (0: all)")
+
+    p = verb(
+        "doctor", doctor, "what is installed, which GPU, which Slurm, which container, what is missing", "cmrhpc doctor"
+    )
+    p.add_argument("workspace", metavar="WORKSPACE", nargs="?")
+    p.add_argument("--json", action="store_true")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code of DESIGN: 0, 2, 3, 4, 5, 75 or 130. One message on stderr, no traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        args = parser().parse_args(arguments)
+        return int(args.call(args))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except CmrhpcError as error:
+        if debug:
+            raise
+        print(f"cmrhpc: {error}", file=sys.stderr)
+        return error.exit_code
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        where = getattr(error, "filename", None) or ""
+        print(
+            f"cmrhpc: {BadInput(_system_message(error), str(where), 'see --debug for where it happened')}",
+            file=sys.stderr,
+        )
+        return BadInput.exit_code
+
+
+def _system_message(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "out of memory"
+
+
+def job(stage: str) -> None:
+    """What `python jobs/STAGE.py WORKSPACE [--index I]` calls: the same as `cmrhpc task`."""
+    arguments = sys.argv[1:]
+    sys.exit(main(["task", *arguments, "--stage", stage]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

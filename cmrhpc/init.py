@@ -1,0 +1,92 @@
+"""Makes a workspace: a study file, written out with its comments, for one raw folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import tomlkit
+
+from cmrhpc import files
+from cmrhpc.data.table import labels_of, read_table
+from cmrhpc.errors import BadInput
+from cmrhpc.study import STUDIES, Study, parse_study
+
+
+def shipped() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+def make_workspace(
+    root: Path,
+    study: str,
+    raw: Path,
+    table: str | None = None,
+    columns: dict[str, str] | None = None,
+    file_spacing_mm: float | None = None,
+    channels: int | None = None,
+    positive: str | None = None,
+) -> Study:
+    """Write `root`/study.toml from a shipped study or a file; the classes are read from the raw table.
+
+    Raises BadInput for an unknown study, a workspace that has one already, a table that cannot be read, one class
+    only, or a binary study whose positive class is not told.
+    """
+    source = STUDIES / f"{study}.toml"
+    if source.stem not in shipped() or os.sep in study:
+        source = Path(study)
+    if not source.is_file():
+        mend = f"shipped studies: {', '.join(shipped())}; or give a .toml file"
+        raise BadInput(f'no study "{study}"', str(source), mend)
+    target = root / "study.toml"
+    if target.exists():
+        raise BadInput("the workspace has a study already", str(target), "edit it, or choose another folder")
+    if not raw.is_dir():
+        raise BadInput("no such raw folder", str(raw), "`cmrhpc phantom RAW` writes a simulated one")
+    try:
+        document = tomlkit.parse(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the study: {error}", str(source), "mend the line that is named") from None
+    data = document.setdefault("data", tomlkit.table())
+    asked = {"table": table, "columns": columns or None, "file_spacing_mm": file_spacing_mm, "channels": channels}
+    for key, value in asked.items():
+        if value is not None:
+            data[key] = value
+    data["raw"] = os.path.relpath(raw.resolve(), root.resolve()) if _beside(raw, root) else str(raw.resolve())
+    rows = read_table(raw, str(data.get("table", "cohort.csv")), dict(data.get("columns", {})))
+    where = str(raw / data.get("table", "cohort.csv"))
+    document["classes"] = order_classes(labels_of(rows), positive, where)
+    text = tomlkit.dumps(document)
+    made = parse_study(text, str(source))
+    files.atomic_write(target, text)
+    return made
+
+
+def _beside(raw: Path, root: Path) -> bool:
+    """Raw folder and workspace share a folder: then a relative path survives moving both."""
+    return raw.resolve().parent == root.resolve().parent or raw.resolve().is_relative_to(root.resolve())
+
+
+def order_classes(labels: list[str], positive: str | None, where: str) -> list[str]:
+    """Class names in the order of their indices; the positive class of a binary study has index 1.
+
+    labels: the different labels of the table, sorted.
+    """
+    if len(labels) < 2:
+        raise BadInput(f"only one class: {labels}", where, "a study needs two or more classes")
+    if len(labels) > 100:
+        raise BadInput(
+            f"{len(labels)} different labels", where, "is the column `label` the right one? --column label=NAME"
+        )
+    if len(labels) > 2:
+        if positive is not None:
+            raise BadInput("--positive is for two classes", where, f"this table has {len(labels)}: leave it out")
+        return labels
+    if positive is None and labels != ["0", "1"]:
+        mend = f"add --positive {labels[0]} or --positive {labels[1]}"
+        raise BadInput(f'which class is positive, "{labels[0]}" or "{labels[1]}"?', where, mend)
+    positive = "1" if positive is None else positive
+    if positive not in labels:
+        raise BadInput(f'the positive class "{positive}" is no label', where, f"labels: {', '.join(labels)}")
+    return [label for label in labels if label != positive] + [positive]

@@ -1,0 +1,235 @@
+"""Everything missing, on this machine: each task in a process of its own, as many at once as asked for.
+
+Tasks start from a fork server that has torch loaded, so that a task costs no import, leaves no memory behind, and may
+crash without taking the run with it. A task starts when the shards it reads are there; stages are no barrier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from cmrhpc import files
+from cmrhpc import plan as planning
+from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError
+from cmrhpc.launch import records
+from cmrhpc.launch.display import Display
+from cmrhpc.plan import COHORT, FOLDS, STAGES
+from cmrhpc.workspace import State, Workspace
+
+
+@dataclass
+class Summary:
+    """What a run did. failed: (title, reason, log path) per task; missing: tasks that could not start."""
+
+    done: int = 0
+    already: int = 0
+    failed: list[tuple[str, str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+@dataclass
+class _Running:
+    state: State
+    process: BaseProcess
+    messages: Connection
+    outcome: tuple[str, str] = (records.FAILED, "the process ended without a word (killed, or out of memory)")
+    begun: float = field(default_factory=time.monotonic)
+
+
+def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
+    """Run every missing task of a workspace, `jobs` at a time; a failed task stops only what needs it."""
+    torch_there = importlib.util.find_spec("torch") is not None
+    states = workspace.states(check=True)
+    summary = Summary(already=sum(s.done for stage in STAGES for s in states[stage]))
+    todo = [s for stage in STAGES for s in states[stage] if not s.done]
+    if any(s.task.stage in ("synthesize", "refine", "classify") for s in todo) and not torch_there:
+        raise BadInput("torch is not installed", "", "pip install 'cmrhpc[train]', or run where it is installed")
+    # A report that is out of date only because its predictions are about to change is made at the end.
+    if not todo:
+        return summary
+    files.remove_stale(workspace.root)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cmrhpc.launch.preload"] if torch_there else [])
+    display = Display(states, plain)
+    made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
+    running: dict[Connection, _Running] = {}
+    stop = _StopFlag()
+    with display, stop.listening():
+        while todo or running:
+            while todo and len(running) < jobs and not stop.number:
+                state = _next_ready(workspace, todo, made, bool(running))
+                if state is None:
+                    break
+                todo.remove(state)
+                running_task = _start(context, workspace, state)
+                running[running_task.messages] = running_task
+                display.started(state)
+            if not running:
+                break
+            if stop.number:
+                for task in running.values():
+                    with contextlib.suppress(Exception):
+                        os.kill(task.process.pid or 0, signal.SIGTERM)
+            for ready in wait(list(running), timeout=0.5):
+                task = running[ready]  # type: ignore[index]
+                if not _listen(task, display):
+                    del running[task.messages]
+                    _finish(workspace, task, made, summary, display)
+            display.tick()
+    summary.interrupted = stop.number != 0
+    summary.missing = [s.task.title for s in todo]
+    return summary
+
+
+def _made_by_ingest(states: dict[str, list[State]]) -> set[str]:
+    return {COHORT, FOLDS} if states["ingest"][0].done else set()
+
+
+def _next_ready(workspace: Workspace, todo: list[State], made: set[str], busy: bool) -> State | None:
+    """The first task whose inputs are all there; the report comes last, and in any case."""
+    for state in todo:
+        if state.task.stage == "aggregate":
+            continue
+        if all(path in made for path in planning.inputs(workspace.study, state.task)):
+            return state
+    only_report = [s for s in todo if s.task.stage == "aggregate"]
+    return only_report[0] if only_report and not busy and made - {COHORT, FOLDS} else None
+
+
+def _start(context: Any, workspace: Workspace, state: State) -> _Running:
+    receive, send = context.Pipe(duplex=False)
+    arguments = (str(workspace.root), state.task.stage, state.index, send)
+    process = context.Process(target=_child, args=arguments, name=state.task.title)
+    process.start()
+    send.close()
+    return _Running(state, process, receive)
+
+
+def _listen(task: _Running, display: Display) -> bool:
+    """Take one message; False when the child has closed its end."""
+    try:
+        kind, *values = task.messages.recv()
+    except (EOFError, OSError):
+        return False
+    if kind == "progress":
+        display.progress(task.state, *values)
+    else:
+        task.outcome = (kind, values[0])
+    return True
+
+
+def _finish(workspace: Workspace, task: _Running, made: set[str], summary: Summary, display: Display) -> None:
+    task.process.join()
+    outcome, reason = task.outcome
+    state = task.state
+    if outcome == records.DONE:
+        made.update({COHORT, FOLDS} if state.task.stage == "ingest" else {state.task.output})
+        summary.done += 1
+    elif outcome == records.FAILED:
+        log = workspace.log_path(state.task.stage, state.index)
+        summary.failed.append((state.task.title, reason, str(log)))
+        records.write_record(workspace, state.task.stage, state.index, records.FAILED, reason)
+    else:
+        summary.missing.append(state.task.title)
+    display.finished(state, outcome, reason, time.monotonic() - task.begun)
+
+
+class _StopFlag:
+    """Notes the first SIGINT or SIGTERM; the children are asked to checkpoint."""
+
+    number = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Any:
+        def handle(number: int, frame: Any) -> None:
+            self.number = number
+
+        try:
+            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the caller handles signals
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _child(root: str, stage: str, index: int, messages: Connection) -> None:
+    """One task in its own process: everything it prints goes to its log."""
+    from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
+
+    workspace = Workspace(root)
+    request = StopRequest()
+    last, parent = 0.0, os.getppid()
+
+    def tell(*message: Any) -> None:
+        with contextlib.suppress(OSError):
+            messages.send(message)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 0.3 or done == total:
+            last = now
+            tell("progress", done, total)
+            if os.getppid() != parent:  # the run that started this task is gone
+                request.number = request.number or signal.SIGTERM
+
+    with stop_on_signals(request), open_log(workspace, stage, index):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the run passes it on
+        records.write_record(workspace, stage, index, records.RUNNING)
+        try:
+            message = run_task(workspace, stage, index, progress, request)
+            print(message)
+            records.write_record(workspace, stage, index, records.DONE, message)
+            tell(records.DONE, message)
+        except Checkpointed as error:
+            print(error)
+            records.write_record(workspace, stage, index, records.STOPPED, error.what)
+            tell(records.STOPPED, error.what)
+        except CmrhpcError as error:
+            print(error)
+            tell(records.FAILED, str(error))
+        except BaseException as error:
+            traceback.print_exc()
+            tell(records.FAILED, f"{type(error).__name__}: {error}")
+    messages.close()
+
+
+@contextlib.contextmanager
+def open_log(workspace: Workspace, stage: str, index: int) -> Any:
+    """Send stdout and stderr of this process, C libraries included, to the task's log."""
+    path = workspace.log_path(stage, index)
+    files.make_folder(path.parent)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o660)
+    with contextlib.suppress(OSError):
+        files.set_permissions(path)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    try:
+        print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stage, index, flush=True)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for number in (*saved, handle):
+            os.close(number)

@@ -1,0 +1,52 @@
+"""What the newest try of each task came to: one small JSON file beside its log.
+
+For people; truth lives in the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cmrhpc import files
+from cmrhpc.workspace import Workspace
+
+RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped"
+
+
+@dataclass(frozen=True)
+class Record:
+    """state: running, done, failed or stopped (checkpointed). start: kernel start tick of the process."""
+
+    state: str
+    reason: str = ""
+    host: str = ""
+    pid: int = 0
+    start: str = ""
+    time: float = 0.0
+
+    def alive(self) -> bool:
+        """Whether the process still runs; a process of another host is believed for a day."""
+        if self.host != files.host_name():
+            return time.time() - self.time < files.DAY
+        return files.process_start(self.pid) == self.start
+
+
+def record_path(workspace: Workspace, stage: str, index: int) -> Path:
+    return workspace.log_path(stage, index).with_suffix(".json")
+
+
+def write_record(workspace: Workspace, stage: str, index: int, state: str, reason: str = "") -> None:
+    record = Record(state, reason, files.host_name(), os.getpid(), files.process_start(), time.time())
+    files.atomic_write(record_path(workspace, stage, index), json.dumps(asdict(record)))
+
+
+def read_record(path: Path) -> Record | None:
+    """The record, or None where there is none that can be read."""
+    try:
+        return Record(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

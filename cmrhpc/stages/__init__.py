@@ -1,0 +1,1 @@
+"""One module per stage: it reads shards, calls the maths, and writes one shard."""

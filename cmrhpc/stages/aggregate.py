@@ -1,0 +1,26 @@
+"""Predictions -> the report folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cmrhpc import files
+from cmrhpc.plan import REPORT
+from cmrhpc.report.aggregate import AggregateResult, aggregate
+from cmrhpc.workspace import Judge, Workspace, report_sources
+
+
+def run_aggregate(workspace: Workspace) -> str:
+    """Write the report of a workspace; returns a summary in words. What is missing is shown in the tables."""
+    result = aggregate_folder(workspace.root)
+    return f"report of {result.n_expected - result.n_missing} of {result.n_expected} predictions: report/index.html"
+
+
+def aggregate_folder(root: Path) -> AggregateResult:
+    """Aggregate a workspace, or a folder that holds only predictions; in a workspace remember the sources."""
+    result = aggregate(Path(root))
+    if (Path(root) / "study.toml").is_file():
+        workspace = Workspace(root)
+        files.atomic_write(workspace.path(REPORT), json.dumps(report_sources(Judge(workspace)), indent=0))
+    return result

@@ -1,0 +1,121 @@
+"""One classifier on the training set of one arm and fold -> predictions for every test image of the fold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cmrhpc import shards
+from cmrhpc.data.selection import held_out_images, training_images
+from cmrhpc.errors import BadInput
+from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.seeds import derive_seed
+from cmrhpc.stages.device import choose_device
+from cmrhpc.stages.task import Context
+from cmrhpc.stages.training import TrainingLog, checkpoints
+from cmrhpc.study import arm_parts
+from cmrhpc.train.affine import expand
+from cmrhpc.train.classify import train_classifier
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """images (N, C, H, W) float32 in [-1, 1], labels (N,) int64, ids of the real ones, count of the others."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: list[str]
+    n_added: int
+
+
+def training_set(context: Context) -> TrainingSet:
+    """The arm's training set: real, then per class the first ratio x n synthetic (or repeated) images, then affine.
+
+    Raises BadInput when a shard holds fewer images than the ratio asks for.
+    """
+    study, task = context.workspace.study, context.task
+    parts = arm_parts(task.arm, study)
+    real = training_images(context.inputs[COHORT], context.inputs[FOLDS], task.repeat, task.fold)
+    images, labels = [real.images], [real.labels]
+    made = {p: s for p, s in context.inputs.items() if p not in (COHORT, FOLDS)}
+    for label in range(len(study.classes)):
+        own = np.flatnonzero(real.labels == label)
+        count = math.ceil(task.ratio * len(own))
+        if not count or not (parts.generator or parts.repeat_real):
+            continue
+        if parts.repeat_real:
+            images.append(real.images[np.resize(own, count)])
+        else:
+            added = [shard["image"][shard["label"] == label] for shard in made.values()]
+            pool = np.concatenate([part for part in added if len(part)] or [real.images[:0]])
+            if len(pool) < count:
+                what = f"{len(pool)} images of class {label}, ratio {task.ratio:g} needs {count}"
+                raise BadInput(what, ", ".join(made), "raise max_ratio of the generator")
+            images.append(pool[:count])
+        labels.append(np.full(count, label, np.int64))
+    pictures, classes = torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
+    n_added = len(pictures) - len(real.images)
+    if parts.affine:
+        # The seed does not know the arm: the real images are expanded alike in every arm.
+        draws = torch.Generator().manual_seed(derive_seed(study.seed, "affine", task.fold, task.repeat))
+        pictures = expand(pictures, study.affine.factor, draws)
+        classes = classes.repeat(study.affine.factor)
+    return TrainingSet(pictures, classes, real.ids, n_added)
+
+
+def classify(context: Context) -> None:
+    """Train with the arm-independent seeds, restore the best validation step, predict the fold's test images."""
+    study, task = context.workspace.study, context.task
+    cohort, folds = context.inputs[COHORT], context.inputs[FOLDS]
+    train = training_set(context)
+    validation = held_out_images(cohort, folds, task.repeat, task.fold, "validation")
+    test = held_out_images(cohort, folds, task.repeat, task.fold, "test")
+    log = TrainingLog()
+    device = choose_device(study.compute)
+    trained = train_classifier(
+        train.images,
+        train.labels,
+        torch.from_numpy(validation.images),
+        torch.from_numpy(validation.labels),
+        study.classifiers[task.classifier],
+        study.compute,
+        n_classes=len(study.classes),
+        init_seed=derive_seed(context.seed, "init"),
+        order_seed=derive_seed(context.seed, "order"),
+        device=device,
+        log=log,
+        checkpoints=checkpoints(context, log),
+        should_stop=context.should_stop,
+        progress=context.progress,
+    )
+    history = trained.history
+    context.write(
+        {
+            "id": shards.text_array(test.ids),
+            "patient": shards.text_array(test.patients),
+            "label": test.labels,
+            "score": trained.scores(torch.from_numpy(test.images)),
+            "train_id": shards.text_array(train.ids),
+            "validation_id": shards.text_array(validation.ids),
+            "validation_label": validation.labels,
+            "validation_score": trained.scores(torch.from_numpy(validation.images)),
+            "history_step": np.array([row["step"] for row in history], np.int64),
+            "history_train_loss": np.array([row["train_loss"] for row in history], np.float64),
+            "history_validation_loss": np.array([row["validation_loss"] for row in history], np.float64),
+            "history_validation_accuracy": np.array([row["validation_accuracy"] for row in history], np.float64),
+        },
+        schema="predictions-1",
+        attributes={
+            "classes": list(study.classes),
+            "best_step": trained.best_step,
+            "n_train_real": len(train.ids),
+            "n_train_added": train.n_added,
+        },
+        companions={".jsonl": log.text().encode()},
+        # For reading this folder alone; not content, because other settings of the study do not decide this result.
+        info={"device": str(device), "study": shards.canonical(study.to_json())},
+    )
+    checkpoints(context, log).clear()

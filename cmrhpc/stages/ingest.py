@@ -1,0 +1,55 @@
+"""Raw folder -> cohort.h5 and folds.h5."""
+
+from __future__ import annotations
+
+import time
+
+from cmrhpc import plan as planning
+from cmrhpc import shards
+from cmrhpc.data.folds import make_folds
+from cmrhpc.data.ingest import ingest
+from cmrhpc.plan import COHORT, FOLDS, Task
+from cmrhpc.workspace import Judge, Workspace
+
+TASK = Task("ingest")
+
+
+def run_ingest(workspace: Workspace, judge: Judge) -> str:
+    """Make whichever of the two shards is missing or no longer what the study asks for; returns a summary in words."""
+    lines = []
+    study = workspace.study
+    if judge.verdict(COHORT):
+        begun = time.time()
+        summary = ingest(
+            study.data,
+            study.classes,
+            workspace.raw,
+            workspace.path(COHORT),
+            task=TASK.to_json(),
+            settings=planning.settings(study, TASK, COHORT),
+            info={"study_sha256": workspace.study_sha256},
+        )
+        lines.append(f"{summary}\nread in {time.time() - begun:.1f} s")
+    cohort = shards.read_shard(workspace.path(COHORT), "cohort-1")
+    seed = planning.seed(study, TASK, FOLDS)
+    ids, patients, labels = cohort.strings("id"), cohort.strings("patient"), cohort["label"]
+    splits, warnings = make_folds(ids, patients, labels, study.folds, len(study.classes), seed)
+    datasets = {
+        f"repeat{repeat}_fold{fold}_{part}": shards.text_array(getattr(split, part))
+        for (repeat, fold), split in splits.items()
+        for part in ("train", "validation", "test")
+    }
+    shards.write_shard(
+        workspace.path(FOLDS),
+        datasets,
+        schema="folds-1",
+        task=TASK.to_json(),
+        settings=planning.settings(study, TASK, FOLDS),
+        inputs={COHORT: cohort.content_sha256},
+        seed=seed,
+        attributes={"k": study.folds.k, "repeats": study.folds.repeats, "group_by": study.folds.group_by},
+        info={"study_sha256": workspace.study_sha256},
+    )
+    lines += [f"warning: {text}" for text in warnings]
+    lines.append(f"{study.folds.k} folds x {study.folds.repeats} repeats, grouped by {study.folds.group_by}")
+    return "\n".join(lines)

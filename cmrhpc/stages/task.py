@@ -1,0 +1,136 @@
+"""Runs one task: looks at its inputs, calls its stage, and knows what to do when it is asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from cmrhpc import files, shards
+from cmrhpc import plan as planning
+from cmrhpc.errors import Incomplete, UsageError
+from cmrhpc.plan import Task
+from cmrhpc.workspace import Judge, Workspace
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal; trainers look at it between two steps, save a checkpoint and stop."""
+
+    number: int = 0
+
+    def __call__(self) -> bool:
+        return self.number != 0
+
+
+@dataclass
+class Context:
+    """What a stage gets: the workspace, its task, the checked inputs, and how to report and stop."""
+
+    workspace: Workspace
+    task: Task
+    inputs: dict[str, shards.Shard]
+    should_stop: Callable[[], bool]
+    progress: Progress
+    begun: float = field(default_factory=time.time)
+
+    @property
+    def seed(self) -> int:
+        return planning.seed(self.workspace.study, self.task)
+
+    def write(self, datasets: Any, *, schema: str, **more: Any) -> None:
+        """Write the task's shard with its provenance; keywords as for `shards.write_shard`."""
+        info = {"seconds": round(time.time() - self.begun, 3), "study_sha256": self.workspace.study_sha256}
+        shards.write_shard(
+            self.workspace.path(self.task.output),
+            datasets,
+            schema=schema,
+            task=self.task.to_json(),
+            settings=planning.settings(self.workspace.study, self.task),
+            inputs={path: shard.content_sha256 for path, shard in self.inputs.items()},
+            seed=self.seed,
+            info=info | more.pop("info", {}),
+            **more,
+        )
+
+
+@contextlib.contextmanager
+def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
+    """Turn the first stop signal into a request; a second SIGINT interrupts at once. The handler is re-entrant."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.number == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        request.number = request.number or number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_task(
+    workspace: Workspace,
+    stage: str,
+    index: int,
+    progress: Progress = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Run one task and return what happened, in words. Done work is not done again.
+
+    Raises Incomplete when an input is not there yet, BadInput when one is damaged, and what the stage raises.
+    """
+    tasks = workspace.tasks(stage)
+    if not 0 <= index < len(tasks):
+        raise UsageError(f"index {index} is out of range", f"stage {stage} has {len(tasks)} tasks", "see `cmrhpc plan`")
+    task = tasks[index]
+    if task.output not in workspace.wanted(stage):
+        return f"{task.title}: the study no longer asks for this task; nothing to do"
+    judge = Judge(workspace)
+    if not judge.reason(task):
+        judge = Judge(workspace, check=True)  # done, says the index: believe it only when its files hold
+        if not judge.reason(task):
+            return f"{task.title}: already done"
+    files.remove_stale(workspace.path(task.output).parent)
+    if stage == "ingest":
+        from cmrhpc.stages.ingest import run_ingest
+
+        return run_ingest(workspace, judge)
+    if stage == "aggregate":
+        from cmrhpc.stages.aggregate import run_aggregate
+
+        return run_aggregate(workspace)
+    inputs = _checked_inputs(workspace, judge, task)
+    context = Context(workspace, task, inputs, should_stop, progress)
+    if stage == "synthesize":
+        from cmrhpc.stages.synthesize import synthesize as work
+    elif stage == "refine":
+        from cmrhpc.stages.refine import refine as work
+    else:
+        from cmrhpc.stages.classify import classify as work
+    work(context)
+    return f"{task.title}: done in {time.time() - context.begun:.0f} s"
+
+
+def _checked_inputs(workspace: Workspace, judge: Judge, task: Task) -> dict[str, shards.Shard]:
+    """The shards a task reads, each with its checksum checked and valid for the study."""
+    found = {}
+    for path in planning.inputs(workspace.study, task):
+        if wrong := judge.verdict(path):
+            mend = "run the earlier stage first: `cmrhpc plan` shows what is missing"
+            raise Incomplete(f"{task.title}: its input is not there: {path}", f"{path}: {wrong}", mend)
+        found[path] = shards.read_shard(workspace.path(path))
+    return found

@@ -1,0 +1,5 @@
+"""One classify task: `python jobs/classify.py WORKSPACE [--index I]`; the index defaults to SLURM_ARRAY_TASK_ID."""
+
+from cmrhpc.cli import job
+
+job("classify")

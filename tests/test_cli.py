@@ -1,0 +1,104 @@
+"""The command line: fast to start, one message per error, the exit codes of the contract."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.whole.conftest import cmrhpc
+
+VERBS = ("phantom", "init", "ingest", "plan", "task", "run", "status", "aggregate", "verify", "export", "doctor")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    assert f"example: cmrhpc {verb}" in cmrhpc(verb, "--help").stdout
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom cmrhpc.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'h5py', 'SimpleITK', 'submitit', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_planning_needs_no_torch(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text)
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom cmrhpc.cli import main\n"
+        f"sys.exit(main(['plan', {str(tmp_path)!r}]) or main(['status', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "VERB"),
+        (["nonsense"], 2, "nonsense"),
+        (["plan"], 2, "WORKSPACE"),
+        (["plan", "nowhere"], 3, "no study.toml"),
+        (["init", "ws", "--study", "demo2", "--raw", "."], 3, "shipped studies: demo, fu2021"),
+        (["init", "ws", "--study", "demo", "--raw", "nowhere"], 3, "no such raw folder"),
+        (["init", "ws", "--study", "demo", "--raw", ".", "--column", "patient"], 2, "OURS=THEIRS"),
+        (["task", "ws", "--stage", "ingest", "--index", "x"], 2, "invalid int"),
+    ],
+)
+def test_errors_are_one_message_with_their_exit_code(
+    tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    done = cmrhpc(*arguments, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_task_without_its_inputs_is_incomplete(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text)
+    done = cmrhpc("task", tmp_path, "--stage", "refine", "--index", "0", check=False)
+    assert done.returncode == 4
+    assert "its input is not there" in done.stderr
+    assert cmrhpc("task", tmp_path, "--stage", "refine", "--index", "99", check=False).returncode == 2
+
+
+def test_the_index_comes_from_slurm_or_is_asked_for(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text)
+    done = cmrhpc("task", tmp_path, "--stage", "refine", check=False, env={"PATH": "/usr/bin"})
+    assert done.returncode == 2
+    assert "--index" in done.stderr
+
+
+def test_array_of_missing_tasks(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text)
+    assert cmrhpc("plan", tmp_path, "--stage", "classify", "--array").stdout == "0-9\n"
+    chunks = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4").stdout
+    assert chunks == "0-3\n4-7\n8-9\n"
+
+
+def test_init_asks_for_the_positive_class_and_maps_columns(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "t.csv").write_text("file,what,who\na.png,sick,x\nb.png,well,y\n")
+    for name in ("a.png", "b.png"):
+        (raw / name).write_bytes(b"read by ingest only")
+    common = ["init", tmp_path / "ws", "--study", "demo", "--raw", raw, "--table", "t.csv"]
+    common += ["--column", "image=file", "--column", "label=what", "--column", "patient=who"]
+    done = cmrhpc(*common, check=False)
+    assert done.returncode == 3
+    assert "--positive" in done.stderr
+    assert not (tmp_path / "ws" / "study.toml").exists()
+    cmrhpc(*common, "--positive", "sick", "--spacing", "1.25", "--channels", "3")
+    text = (tmp_path / "ws" / "study.toml").read_text()
+    assert 'classes = ["well", "sick"]' in text
+    assert "channels = 3" in text
+    assert "file_spacing_mm = 1.25" in text
+    assert "# " in text
+    assert cmrhpc(*common, "--positive", "sick", check=False).returncode == 3

@@ -1,0 +1,147 @@
+"""A whole run: what the table says, that nothing leaks, and that finished work is not done again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, roc_auc_score
+
+from cmrhpc.shards import read_shard
+from tests.conftest import STUDY
+from tests.whole.conftest import cmrhpc, make_workspace
+
+
+def test_every_image_is_tested_once_per_repeat_and_no_patient_crosses(finished: Path) -> None:
+    cohort = read_shard(finished / "cohort.h5")
+    everyone = sorted(cohort.strings("id"))
+    patient_of = dict(zip(cohort.strings("id"), cohort.strings("patient"), strict=True))
+    for cell in sorted((finished / "predictions").glob("*/*/*")):
+        tested: list[str] = []
+        for path in sorted(cell.glob("*.h5")):
+            shard = read_shard(path)
+            tested += shard.strings("id")
+            inside = {patient_of[i] for i in shard.strings("train_id") + shard.strings("validation_id")}
+            assert not inside & set(shard.strings("patient"))
+        assert sorted(tested) == everyone
+    for path in [*(finished / "synthetic").rglob("*.h5"), *(finished / "refined").rglob("*.h5")]:
+        shard = read_shard(path)
+        test = read_shard(finished / "folds.h5").strings(f"repeat0_fold{shard.task['fold']}_test")
+        assert not {patient_of[i] for i in shard.strings("train_id")} & {patient_of[i] for i in test}
+
+
+def test_table_agrees_with_scikit_learn_and_with_its_own_identity(finished: Path) -> None:
+    rows = list(csv.DictReader((finished / "report" / "table.csv").open()))
+    assert [(r["arm"], float(r["ratio"])) for r in rows] == [
+        ("none", 0), ("affine", 0), ("dae-gan", 1), ("dae-gan", 2), ("dae-gan+simgan", 2),
+    ]  # fmt: skip
+    for row in rows:
+        folder = finished / "predictions" / row["arm"] / f"ratio{float(row['ratio']):g}" / row["classifier"]
+        shards = [read_shard(path) for path in sorted(folder.glob("*.h5"))]
+        label = np.concatenate([s["label"] for s in shards])
+        score = np.concatenate([s["score"] for s in shards])
+        predicted = score.argmax(1)
+        (tn, fp), (fn, tp) = confusion_matrix(label, predicted, labels=[0, 1])
+        sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+        expected = {
+            "accuracy": (predicted == label).mean(),
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+            "balanced_accuracy": balanced_accuracy_score(label, predicted),
+            "auc": roc_auc_score(label, score[:, 1]),
+        }
+        for name, value in expected.items():
+            assert float(row[name]) == pytest.approx(value, abs=1e-12), name
+            assert float(row[f"{name}_low"]) <= value <= float(row[f"{name}_high"])
+        prevalence = label.mean()
+        assert float(row["accuracy"]) == pytest.approx(
+            prevalence * sensitivity + (1 - prevalence) * specificity, abs=1e-12
+        )
+        assert (row["n_folds"], row["n_repeats"], row["n_missing"]) == ("2", "1", "0")
+
+
+def test_arms_share_their_real_images_and_ratios_are_nested(finished: Path) -> None:
+    def shard(arm: str, ratio: int) -> object:
+        return read_shard(finished / f"predictions/{arm}/ratio{ratio}/resnet50/fold0_repeat0.h5")
+
+    shards = [shard("none", 0), shard("affine", 0), shard("dae-gan", 1), shard("dae-gan", 2), shard("dae-gan+simgan", 2)]
+    assert len({tuple(s.strings("train_id")) for s in shards}) == 1
+    n = len(shards[0].strings("train_id"))
+    assert [s.attributes["n_train_added"] for s in shards] == [0, 0, n, 2 * n, 2 * n]
+
+
+def test_a_finished_study_says_that_there_is_nothing_to_do(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    done = cmrhpc("run", finished)
+    assert "nothing to do" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_only_what_is_missing_is_made_and_it_is_the_same(copied: Path) -> None:
+    digest = cmrhpc("verify", copied).stdout.splitlines()[-1]
+    assert digest.startswith("digest ")
+    gone = copied / "refined/simgan/dae-gan/fold0_repeat0_class1.h5"
+    gone.unlink()
+    kept = {p: p.stat().st_ino for p in copied.rglob("*.h5")}
+    states = json.loads(cmrhpc("plan", copied, "--json").stdout)["tasks"]
+    assert {t["output"] for t in states if not t["done"]} == {
+        "refined/simgan/dae-gan/fold0_repeat0_class1.h5",
+        "predictions/dae-gan+simgan/ratio2/resnet50/fold0_repeat0.h5",
+        "report/sources.json",
+    }
+    cmrhpc("run", copied)
+    again = {p: p.stat().st_ino for p in copied.rglob("*.h5")}
+    changed = {str(p.relative_to(copied)) for p in again if kept.get(p) != again[p]}
+    assert changed == {
+        "refined/simgan/dae-gan/fold0_repeat0_class1.h5",
+        "predictions/dae-gan+simgan/ratio2/resnet50/fold0_repeat0.h5",
+    }
+    assert cmrhpc("verify", copied).stdout.splitlines()[-1] == digest
+
+
+def test_results_do_not_depend_on_order_or_on_how_tasks_are_started(finished: Path, tmp_path: Path) -> None:
+    root = make_workspace(tmp_path / "other")
+    for stage in ("ingest", "synthesize", "refine", "classify"):
+        indices = [0] if stage == "ingest" else range(len(json.loads(_plan(root, stage))["tasks"]))
+        for index in reversed(indices):
+            cmrhpc("task", root, "--stage", stage, env=os.environ | {"SLURM_ARRAY_TASK_ID": str(index)})
+    assert cmrhpc("verify", root).stdout.splitlines()[-1] == cmrhpc("verify", finished).stdout.splitlines()[-1]
+
+
+def _plan(root: Path, stage: str) -> str:
+    return cmrhpc("plan", root, "--stage", stage, "--json").stdout
+
+
+def test_the_predictions_folder_alone_can_be_aggregated(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished / "predictions", tmp_path / "laptop" / "predictions")
+    cmrhpc("aggregate", tmp_path / "laptop")
+    assert (tmp_path / "laptop/report/table.csv").read_text() == (finished / "report/table.csv").read_text()
+
+
+def test_a_failed_task_stops_only_what_needs_it(tmp_path: Path) -> None:
+    text = STUDY.replace("[classifiers.resnet50]", '[classifiers.resnet50]\nweights = "none.safetensors"')
+    root = make_workspace(tmp_path / "w", text)
+    done = cmrhpc("run", root, check=False)
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    counts = json.loads(cmrhpc("status", root, "--json").stdout)["stages"]
+    assert (counts["refine"]["done"], counts["classify"]["failed"]) == (4, 10)
+    assert "none.safetensors" in cmrhpc("status", root).stdout
+
+
+def test_jobs_and_commands_are_the_same_code(finished: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    root = make_workspace(tmp_path / "jobs")
+    jobs = Path(__file__).parents[2] / "jobs"
+    for stage, more in (("ingest", []), ("synthesize", ["--index", "0"])):
+        subprocess.run([sys.executable, jobs / f"{stage}.py", root, *more], check=True, capture_output=True)
+    name = "synthetic/dae-gan/fold0_repeat0_class0.h5"
+    assert read_shard(root / name).content_sha256 == read_shard(finished / name).content_sha256
