@@ -57,7 +57,11 @@ class SimDiscriminator(nn.Module):
 
 
 def simgan_pair(channels: int, width: int, generator: torch.Generator) -> tuple[SimRefiner, SimDiscriminator]:
-    """R and D with seeded He-normal initial weights."""
+    """R and D with seeded initial weights: He normal, except that R starts near the identity (ours).
+
+    Its first features carry the image, the blocks add little to them, and the last convolution reads them: refinement
+    then begins at the synthetic image instead of having to find its way back to it with plain SGD.
+    """
     r, d = SimRefiner(channels, width), SimDiscriminator(channels, width)
     for module in [*r.modules(), *d.modules()]:
         if isinstance(module, nn.Conv2d):
@@ -65,4 +69,12 @@ def simgan_pair(channels: int, width: int, generator: torch.Generator) -> tuple[
                 module.weight.normal_(0.0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
                 assert module.bias is not None
                 module.bias.zero_()
+    own = torch.eye(channels)
+    with torch.no_grad():
+        r.conv_in.weight[:channels] = 0.0
+        r.conv_in.weight[:channels, :, 1, 1] = own
+        for block in r.blocks:
+            block.conv2.weight *= 0.1
+        r.conv_out.weight *= 0.1
+        r.conv_out.weight[:, :channels, 0, 0] = 1.2 * own  # tanh flattens the ends: 1.2 is nearest over [-1, 1]
     return r, d
