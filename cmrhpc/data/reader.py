@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import resource
 import sys
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-MAX_MEMORY = 16 * 2**30
+MAX_MEMORY = 4 * 2**30  # what 64 Mpx need; a length that a broken header invents is refused at once
 
 
 def read(path: str, kind: str, max_pixels: int) -> tuple[dict[str, Any], bytes]:
@@ -48,14 +49,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the C libraries write warnings there too
     for line in sys.stdin.buffer:
         try:
             told, pixels = read(**json.loads(line))
         except (RuntimeError, MemoryError, ValueError, OverflowError):
             told, pixels = {"broken": True}, b""
         reply = json.dumps(told | {"bytes": len(pixels)}).encode() + b"\n"
-        sys.stdout.buffer.write(reply + pixels)
-        sys.stdout.buffer.flush()
+        answers.write(reply + pixels)
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def run_ingest(workspace: Workspace, judge: Judge) -> str:
     """Make whichever of the two shards is missing or no longer what the study asks for; returns a summary in words."""
     lines = []
     study = workspace.study
-    if judge.verdict(COHORT):
+    if judge.whole(COHORT):
         begun = time.time()
         summary = ingest(
             study.data,
@@ -28,12 +28,13 @@ def run_ingest(workspace: Workspace, judge: Judge) -> str:
             task=TASK.to_json(),
             settings=planning.settings(study, TASK, COHORT),
             info={"study_sha256": workspace.study_sha256},
+            folds=study.folds,
         )
         lines.append(f"{summary}\nread in {time.time() - begun:.1f} s")
     cohort = shards.read_shard(workspace.path(COHORT), "cohort-1")
     seed = planning.seed(study, TASK, FOLDS)
     ids, patients, labels = cohort.strings("id"), cohort.strings("patient"), cohort["label"]
-    splits, warnings = make_folds(ids, patients, labels, study.folds, len(study.classes), seed)
+    splits, warnings = make_folds(ids, patients, labels, study.folds, len(study.classes), seed, study.classes)
     datasets = {
         f"repeat{repeat}_fold{fold}_{part}": shards.text_array(getattr(split, part))
         for (repeat, fold), split in splits.items()
