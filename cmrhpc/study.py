@@ -183,6 +183,11 @@ class Study:
         """The resolved study, every default filled in, as JSON-able values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def to_share(self) -> dict[str, Any]:
+        """As `to_json`, without the path of the raw folder: for files that leave the workspace."""
+        values = self.to_json()
+        return values | {"data": values["data"] | {"raw": ""}}
+
     @staticmethod
     def from_json(values: dict[str, Any], where: str = "study") -> Study:
         """The study that `to_json` wrote. Raises BadInput when it is not one."""
@@ -244,7 +249,7 @@ def parse_study(text: str, where: str = "study.toml") -> Study:
     """As `load_study`, from the text of the file."""
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise BadInput(f"not valid TOML: {error}", where, "mend the line that is named") from None
     for table, presets in (("generators", GENERATORS), ("refiners", REFINERS), ("classifiers", CLASSIFIERS)):
         named = values.setdefault(table, {})
@@ -267,6 +272,8 @@ def _check_study(study: Study, where: str) -> Study:
         raise wrong(f"a study needs two or more different classes, not {list(study.classes)}", "classes", "name each")
     if study.data.channels == 2:
         raise wrong("channels must be 1 or 3", "[data] channels", "1 for grey images, 3 for colour")
+    if study.generators:
+        start_and_ups(study.data.image_size, where)
     if not study.classifiers:
         raise wrong("no classifier", "[classifiers]", "add [classifiers.resnet50]")
     if not study.arms:
@@ -301,6 +308,28 @@ def _check_study(study: Study, where: str) -> Study:
         if len(set(generator.mutations)) != len(generator.mutations) or not generator.mutations:
             raise wrong("mutations must be different, and at least one", f"[generators.{name}] mutations", "see --help")
     return study
+
+
+MAX_UPS = 4  # times a generator doubles the resolution
+STARTS = range(4, 17)  # sizes of the image that it starts from
+
+
+def start_and_ups(image_size: int, where: str = "study.toml") -> tuple[int, int]:
+    """(start, ups) with image_size = start * 2**ups, 1 <= ups <= 4, 4 <= start <= 16 and ups as large as can be.
+
+    80 -> (5, 4), 40 -> (5, 3). Raises BadInput, naming the nearest sizes that work, when there is no such pair.
+    """
+    for ups in range(MAX_UPS, 0, -1):
+        start, rest = divmod(image_size, 2**ups)
+        if not rest and start in STARTS:
+            return start, ups
+    sizes = sorted({start * 2**ups for start in STARTS for ups in range(1, MAX_UPS + 1)})
+    near = sorted(sorted(sizes, key=lambda size: (abs(size - image_size), size))[:4])
+    raise BadInput(
+        f"image size {image_size} does not fit the generator networks",
+        f"{where} [data] image_size",
+        f"use start * 2^u with u of 1 to 4 and start of 4 to 16; near it: {', '.join(map(str, near))}",
+    )
 
 
 def cell_of(name: str, ratio: float, parts: ArmParts) -> tuple[str, float]:
@@ -358,7 +387,7 @@ def _value(hint: Any, value: Any, where: str, path: str, limits: Any) -> Any:
     if not right or (isinstance(value, bool) and hint is not bool):
         raise BadInput(f"must be {_NAMES[hint]}, not {value!r}", place, f"write {_NAMES[hint]}")
     if hint is float:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
         if not math.isfinite(value):
             raise BadInput(f"must be a finite number, not {value}", place, "write a number")
     low, high, choices = limits.get("low"), limits.get("high"), limits.get("choices", ())

@@ -21,6 +21,7 @@ def test_resolved_study_survives_json(study_text: str) -> None:
         ("image_size = 16", 'image_size = "16"', ["data.image_size", "a whole number"]),
         ("image_size = 16", "image_size = true", ["data.image_size", "a whole number"]),
         ("spacing_mm = 5.0", "spacing_mm = nan", ["data.spacing_mm", "finite"]),
+        ("image_size = 16", "image_size = 77", ["77 does not fit", "72, 80"]),
         ("k = 2", "k = 1", ["folds.k", "2 to 100"]),
         ("[folds]", "[flods]", ["flods", 'did you mean "folds"']),
         ('name = "affine"', 'name = "afine"', ["afine", "[[arms]] number 2"]),

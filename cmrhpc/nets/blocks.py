@@ -12,29 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmrhpc.errors import BadInput
-
 SLOPE = 0.2  # of every leaky ReLU
-MAX_UPS = 4
-STARTS = range(4, 17)
-
-
-def start_and_ups(image_size: int) -> tuple[int, int]:
-    """(start, ups) with image_size = start * 2**ups, 1 <= ups <= 4, 4 <= start <= 16 and ups as large as can be.
-
-    80 -> (5, 4), 40 -> (5, 3). Raises BadInput, naming the nearest sizes that work, when there is no such pair.
-    """
-    for ups in range(MAX_UPS, 0, -1):
-        start, rest = divmod(image_size, 2**ups)
-        if not rest and start in STARTS:
-            return start, ups
-    sizes = sorted({start * 2**ups for start in STARTS for ups in range(1, MAX_UPS + 1)})
-    near = sorted(sorted(sizes, key=lambda size: (abs(size - image_size), size))[:4])
-    raise BadInput(
-        f"image size {image_size} does not fit the generator networks",
-        "study.toml [data] image_size",
-        f"use start * 2^u with u of 1 to 4 and start of 4 to 16; near it: {', '.join(map(str, near))}",
-    )
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmrhpc.nets.blocks import SLOPE, DownBlock, SelfAttention, UpBlock, initialise, start_and_ups
+from cmrhpc.nets.blocks import SLOPE, DownBlock, SelfAttention, UpBlock, initialise
+from cmrhpc.study import start_and_ups
 
 
 class ResidualGenerator(nn.Module):

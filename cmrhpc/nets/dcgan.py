@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmrhpc.nets.blocks import SLOPE, start_and_ups
+from cmrhpc.nets.blocks import SLOPE
+from cmrhpc.study import start_and_ups
 
 EMBEDDING = 32  # width of a class embedding
 

@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[Saved, dict[str, Any]] | None:
         (length,) = struct.unpack_from("<Q", blob)
         meta = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["cmrhpc"])
         return Saved(int(meta["step"]), load(blob), dict(meta["state"])), meta["settings"]
-    except (OSError, ValueError, KeyError, TypeError, struct.error, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error, SafetensorError):
         return None
 
 

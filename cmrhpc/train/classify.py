@@ -18,6 +18,7 @@ from cmrhpc.nets.classifiers import build_classifier
 from cmrhpc.study import Classifier, Compute
 from cmrhpc.train.checkpoint import Checkpoints, stop_here
 from cmrhpc.train.compute import autocast, setup_compute
+from cmrhpc.train.log import json_safe
 
 SCORING_BATCH = 64
 
@@ -115,7 +116,7 @@ def train_classifier(
             }
             finite = math.isfinite(entry["train_loss"]) and math.isfinite(entry["validation_loss"])
             history.append(entry)
-            log(entry if finite else {**entry, "warning": "the loss is not finite"})
+            log(entry if finite else json_safe({**entry, "warning": "the loss is not finite"}))
             if not finite:
                 raise CmrhpcError(f"classifier diverged: loss not finite at step {step}", mend="lower learning_rate")
             if entry["validation_loss"] < best_loss:

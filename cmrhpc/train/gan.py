@@ -21,6 +21,7 @@ from cmrhpc.train.checkpoint import Checkpoints, stop_here
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.evolution import Draws, Evolution, Outcome
 from cmrhpc.train.latent import Latent
+from cmrhpc.train.log import json_safe
 
 GRID = 64  # images of the fixed noise: grid, untrained grid, collapse check
 SAMPLING_BATCH = 64  # fixed, so that the first m of n samples are the same bits
@@ -90,6 +91,9 @@ def train_gan(
     device = torch.device(device)
     if not len(images) or images.shape[2] != images.shape[3]:
         raise BadInput(f"cannot train on images of shape {tuple(images.shape)}", mend="give square images")
+    for name in ("diffaugment", "spectral_norm"):
+        if getattr(settings, name):
+            raise BadInput(f"{name} is not available yet", f"study.toml {name}", f"set {name} = false")
     if settings.conditional and labels is None:
         raise BadInput("a conditional generator needs labels")
     classes = n_classes if settings.conditional else 0
@@ -288,6 +292,7 @@ class _Run:
             warnings.append(f"samples collapse: pairwise distance {relative_diversity:.0%} of the real images'")
         if warnings:
             entry["warning"] = "; ".join(warnings)
+        entry = json_safe(entry)
         self.entries.append(entry)
         self.log(entry)
         self.window_steps, self.clock = 0, time.monotonic()
@@ -310,11 +315,18 @@ class _Run:
             "d_second": e.d_second,
             "rng": self.rng.get_state(),
         }
+        named |= self._counters()
         if self.window_steps:
             named["window"] = self.window
         if self.ema:
             named |= {"ema": self.ema[0], "ema_buffers": self.ema[1]}
         return named
+
+    def _counters(self) -> dict[str, Tensor]:
+        """Batch norm's counts of batches: they decide nothing, but are part of the weights file."""
+        modules = {"generator": self.evolution.generator, "discriminator": self.evolution.discriminator}
+        named = ((f"{kind}.{name}", b) for kind, module in modules.items() for name, b in module.named_buffers())
+        return {name: buffer for name, buffer in named if not buffer.is_floating_point()}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -337,6 +349,8 @@ class _Run:
         e.d_first.copy_(tensors["d_first"])
         e.d_second.copy_(tensors["d_second"])
         e._hold(e.parents[0], e.buffers[0])
+        for name, counter in self._counters().items():
+            counter.copy_(tensors[name])
         e.step, e.d_steps = state["step"], state["d_steps"]
         self.rng.set_state(tensors["rng"])
         if self.ema:

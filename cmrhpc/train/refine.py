@@ -19,6 +19,7 @@ from cmrhpc.train import losses
 from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, stop_here
 from cmrhpc.train.compute import autocast, setup_compute
+from cmrhpc.train.log import json_safe
 
 REFINING_BATCH = 64
 
@@ -196,6 +197,7 @@ def train_refiner(
             finite = all(map(math.isfinite, means.values()))
             if not finite:
                 entry["warning"] = "a loss is not finite"
+            entry = json_safe(entry)
             entries.append(entry)
             log(entry)
             if not finite:

@@ -1,0 +1,224 @@
+"""Training of a generator: bitwise resume, nested samples, average, log, warnings, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError
+from cmrhpc.study import Affine, Compute, Generator
+from cmrhpc.train import gan
+from cmrhpc.train.checkpoint import Checkpoints
+from cmrhpc.train.gan import TrainedGan, train_gan
+from tests.train import small
+
+COMPUTE = Compute(threads=1)
+TINY = Generator(
+    base_channels=4, generations=7, batch=4, scoring_batch=4, latent_dim=6, components=3, ema=0.9, log_every=2
+)
+PLAIN = {"networks": "dcgan", "mixup_alpha": 0.0, "components": 1}
+VARIANTS = {
+    "dae-gan": TINY,
+    "two survivors": dataclasses.replace(TINY, survivors=2, training_noise="per_mutation", ema=0.0),
+    "egan": dataclasses.replace(TINY, **PLAIN, discriminator_steps=2),
+    "acgan": dataclasses.replace(TINY, **PLAIN, mutations=("heuristic",), conditional=True),
+    "r1": dataclasses.replace(TINY, r1=0.5),
+}
+
+
+def train(settings: Generator, **more: Any) -> TrainedGan:
+    data = small.images(10)
+    return train_gan(data, torch.arange(10) % 2, settings, COMPUTE, Affine(factor=2), n_classes=2, seed=5, **more)
+
+
+def content(trained: TrainedGan) -> dict[str, torch.Tensor]:
+    label = 1 if trained.n_classes else None
+    images = {"grid": trained.grid, "untrained": trained.untrained, "sample": trained.sample(3, 1, label)}
+    return trained.weights() | images
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
+    settings, logs = VARIANTS[name], ([], [])  # type: ignore[var-annotated]
+    undisturbed = train(settings, log=logs[0].append)
+
+    def again(should_stop: Any) -> TrainedGan:
+        logs[1].clear()
+        checkpoints = Checkpoints(tmp_path, dataclasses.asdict(settings))
+        return train(settings, checkpoints=checkpoints, should_stop=should_stop, log=logs[1].append)
+
+    resumed = small.stopped_and_resumed(again, [1, 3, 4, 6])
+    assert small.same(content(undisturbed), content(resumed))
+    for entry in logs[0] + logs[1]:
+        del entry["images_per_second"]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[1]] == [2, 4, 6, 7]
+
+
+def test_checkpoints_by_time_and_an_older_one_after_damage(tmp_path: Path) -> None:
+    undisturbed = train(TINY)
+    checkpoints = Checkpoints(tmp_path, {}, every_seconds=0)
+    with pytest.raises(Checkpointed):
+        train(TINY, checkpoints=checkpoints, should_stop=lambda: len(list(tmp_path.iterdir())) >= 4)
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = train(TINY, checkpoints=Checkpoints(tmp_path, {}, every_seconds=1000))
+    assert small.same(content(undisturbed), content(resumed))
+
+
+def test_same_seed_same_bits_other_seed_other_bits() -> None:
+    first, again = train(TINY), train(TINY)
+    other = train_gan(small.images(10), None, TINY, COMPUTE, Affine(factor=2), n_classes=2, seed=6)
+    assert small.same(content(first), content(again))
+    assert not torch.equal(first.grid, other.grid)
+    assert not torch.equal(first.untrained, other.untrained)
+
+
+@pytest.mark.parametrize("name", ["dae-gan", "egan"])
+def test_samples_are_nested_and_independent_of_other_calls(name: str) -> None:
+    trained = train(VARIANTS[name])
+    many = trained.sample(150, 3)
+    assert many.shape == (150, 1, 16, 16)
+    assert many.dtype == torch.float32
+    assert many.device.type == "cpu"
+    assert many.abs().max() <= 1
+    for count in (0, 1, 63, 64, 65, 149):
+        assert torch.equal(trained.sample(count, 3), many[:count])
+    assert not torch.equal(trained.sample(64, 4), many[:64])
+
+
+def test_conditional_samples_follow_the_label() -> None:
+    trained = train(VARIANTS["acgan"])
+    assert not torch.equal(trained.sample(4, 1, 0), trained.sample(4, 1, 1))
+
+
+def test_images_come_from_the_average_when_it_is_on() -> None:
+    trained = train(TINY)
+    assert trained.averaged is not None
+    weights = trained.weights()
+    assert any(not torch.equal(weights[f"generator.{k}"], v) for k, v in trained.averaged.items())
+    trained.network.load_state_dict(trained.averaged)
+    plain = dataclasses.replace(trained, averaged=None)
+    assert torch.equal(plain.sample(5, 1), trained.sample(5, 1))
+    without = train(dataclasses.replace(TINY, ema=0.0))
+    assert without.averaged is None
+    assert not any(k.startswith("generator_ema") for k in without.weights())
+
+
+def test_average_against_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    count = gan._Run.count
+
+    def spy(self: Any, outcome: Any) -> None:
+        seen.append(self.evolution.parents[0].double().clone())
+        self.test_first = getattr(self, "test_first", None)
+        count(self, outcome)
+
+    start: list[torch.Tensor] = []
+    init = gan._Run.__init__
+
+    def first(self: Any, *args: Any) -> None:
+        init(self, *args)
+        assert self.ema is not None
+        start.append(self.ema[0].double().clone())
+        runs.append(self)
+
+    runs: list[Any] = []
+    monkeypatch.setattr(gan._Run, "count", spy)
+    monkeypatch.setattr(gan._Run, "__init__", first)
+    train(TINY)
+    mean = start[0]
+    for step, parent in enumerate(seen, 1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * parent
+    assert torch.allclose(runs[0].ema[0].double(), mean, atol=1e-6)
+
+
+def test_log_entries() -> None:
+    entries: list[dict[str, Any]] = []
+    steps: list[tuple[int, int]] = []
+    train(TINY, log=entries.append, progress=lambda *at: steps.append(at))
+    assert steps == [(i, 7) for i in range(1, 8)]
+    for entry in entries:
+        json.dumps(entry, allow_nan=False)
+        assert entry["loss_g"].keys() == entry["f_q"].keys() == entry["f_d"].keys() == set(TINY.mutations)
+        assert sum(entry["wins"].values()) == entry["step"]
+        assert entry["winner"] in TINY.mutations
+        assert 0 <= entry["f_q_spread"] <= 1
+        assert entry["gamma_f_d_spread"] >= 0
+        assert entry["images_per_second"] > 0
+    assert entries[-1]["wins"][entries[-1]["winner"]] > 0
+
+
+def test_expansion_and_untrained_images() -> None:
+    trained = train(TINY)
+    pair = gan.build_pair(TINY, 16, 1, 2, 5)
+    assert trained.untrained.shape == (64, 1, 16, 16)
+    with torch.no_grad():
+        own = pair[0].eval()(torch.zeros(1, 6))
+    assert own.shape == (1, 1, 16, 16)
+    assert not torch.equal(trained.untrained, trained.grid)
+    assert not torch.equal(train(dataclasses.replace(TINY, expand=False)).grid, trained.grid)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_logged_warning() -> None:
+    entries: list[dict[str, Any]] = []
+    data = small.images(10)
+    data[3, 0, 2, 2] = math.nan
+    settings = dataclasses.replace(TINY, generations=50, batch=10, expand=False)
+    with pytest.raises(CmrhpcError, match="not finite"):
+        train_gan(data, None, settings, COMPUTE, Affine(), n_classes=2, seed=5, log=entries.append)
+    assert "not finite" in entries[-1]["warning"]
+    json.dumps(entries[-1], allow_nan=False)
+
+
+def run_of(settings: Generator) -> gan._Run:
+    g, d = gan.build_pair(settings, 16, 1, 2, 5)
+    evolution = gan.Evolution(g, d, mutations=settings.mutations)
+    return gan._Run(settings, evolution, torch.Generator(), lambda entry: None)
+
+
+def test_warnings_of_one_winner_and_of_collapse() -> None:
+    run = run_of(TINY)
+    for step, wins, relative, expected in (
+        (100, 0, 0.05, ""),  # too early to tell
+        (600, 0, 1.0, "one mutation wins nearly always"),
+        (700, 0, 1.0, ""),  # said once
+        (800, 1, 0.1, "samples collapse"),
+        (900, 1, 0.1, ""),
+    ):
+        run.step = step
+        outcome = gan.Outcome(torch.zeros(()), torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.tensor([wins]))
+        run.count(outcome)
+        run.write_log(relative)
+        warning = run.entries[-1].get("warning", "")
+        assert expected in warning
+        assert bool(expected) == bool(warning)
+
+
+def test_a_single_mutation_is_not_warned_of() -> None:
+    run = run_of(dataclasses.replace(TINY, mutations=("heuristic",)))
+    run.step = 1000
+    run.count(gan.Outcome(torch.zeros(()), torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor([0])))
+    run.write_log(1.0)
+    assert "warning" not in run.entries[-1]
+
+
+def test_refusals() -> None:
+    with pytest.raises(BadInput, match="image size 50"):
+        train_gan(small.images(4, 50), None, TINY, COMPUTE, Affine(), n_classes=2, seed=1)
+    with pytest.raises(BadInput, match="shape"):
+        train_gan(torch.zeros(0, 1, 16, 16), None, TINY, COMPUTE, Affine(), n_classes=2, seed=1)
+    with pytest.raises(BadInput, match="labels"):
+        train_gan(small.images(4), None, VARIANTS["acgan"], COMPUTE, Affine(), n_classes=2, seed=1)
+    for later in ({"diffaugment": True}, {"spectral_norm": True}):  # never taken silently for granted
+        with pytest.raises(BadInput, match="not available"):
+            train(dataclasses.replace(TINY, **later))
+    with pytest.raises(BadInput, match="only dcgan"):
+        train(dataclasses.replace(TINY, conditional=True))
