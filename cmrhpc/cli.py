@@ -168,6 +168,9 @@ def aggregate(args: argparse.Namespace) -> int:
     result = aggregate_folder(Path(args.workspace))
     print(terminal_table(Path(args.workspace)))
     print(f"report page: {Path(args.workspace).absolute() / 'report' / 'index.html'}")
+    if result.leaks:
+        what = f"{len(result.leaks)} leaks: patients are in training and in test"
+        raise Damage(what, result.leaks[0], "the page lists them; find out how these shards were made")
     if result.n_missing:
         what = f"{result.n_missing} of {result.n_expected} predictions are missing; the tables show where"
         raise Incomplete(

@@ -10,7 +10,6 @@ of two sets of one kind scatters about 0 and may be negative.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
@@ -52,13 +51,9 @@ def _convolve(maps: np.ndarray, filters: np.ndarray, size: int) -> np.ndarray:
 
 
 def _pool(maps: np.ndarray) -> np.ndarray:
-    """Mean of maps (N, H, W, C) over GRID x GRID parts -> (N, GRID*GRID*C)."""
-    rows, columns = (np.linspace(0, n, GRID + 1).astype(int) for n in maps.shape[1:3])
-    parts = [
-        maps[:, top:bottom, left:right].mean((1, 2))
-        for top, bottom in pairwise(rows)
-        for left, right in pairwise(columns)
-    ]
+    """Mean of maps (N, H, W, C) over GRID x GRID parts, which overlap where they must -> (N, GRID*GRID*C)."""
+    rows, columns = ([(i * n // GRID, -(-(i + 1) * n // GRID)) for i in range(GRID)] for n in maps.shape[1:3])
+    parts = [maps[:, top:bottom, left:right].mean((1, 2)) for top, bottom in rows for left, right in columns]
     return np.concatenate(parts, axis=1)
 
 

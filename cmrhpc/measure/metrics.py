@@ -106,6 +106,15 @@ def auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray | None = No
         return np.asarray((up * below).sum(-1) / (up.sum(-1) * down.sum(-1)))
 
 
+def roc(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the ROC curve from (0, 0) to (1, 1): share of negatives, share of positives at or above a score."""
+    positive, score = np.asarray(positive, bool), np.asarray(score, float)
+    order = np.argsort(-score, kind="stable")
+    last = np.flatnonzero(np.r_[np.diff(score[order]) < 0, True])  # last of each group of equal scores
+    up, down = np.cumsum(positive[order])[last], np.cumsum(~positive[order])[last]
+    return np.r_[0, down / down[-1]], np.r_[0, up / up[-1]]
+
+
 def clustered_auc(positive: np.ndarray, score: np.ndarray, owner: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """`auc` (B,) where image i weighs weights[:, owner[i]]; weights (B, P) of patients, owner (N,) in 0..P-1.
 

@@ -102,14 +102,14 @@ def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> tuple[float, int, int]:
 
     right_a, right_b (P,) bool, same patients in the same order. No discordant patient: p = 1; no patient: NaN.
     """
-    from statsmodels.stats.contingency_tables import mcnemar as exact
+    from scipy import stats
 
     a, b = np.asarray(right_a, bool), np.asarray(right_b, bool)
-    table = [[int((a & b).sum()), int((a & ~b).sum())], [int((~a & b).sum()), int((~a & ~b).sum())]]
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     if len(a) == 0:
         return float("nan"), 0, 0
-    p = 1.0 if table[0][1] + table[1][0] == 0 else float(exact(table, exact=True).pvalue)
-    return min(p, 1.0), table[0][1], table[1][0]
+    p = 2 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5))
+    return min(p, 1.0), only_a, only_b
 
 
 def permutation(differences: np.ndarray, seed: int, draws: int = 20_000) -> float:
@@ -185,11 +185,13 @@ def delong(positive: np.ndarray, score_a: np.ndarray, score_b: np.ndarray) -> De
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Holm-adjusted p values of one family, NaN where the input is NaN (such a test takes no part)."""
-    from statsmodels.stats.multitest import multipletests
+    """Holm-adjusted p values of one family: the i-th smallest of m times m + 1 - i, never falling, at most 1.
 
+    NaN where the input is NaN: such a test takes no part (Holm, Scandinavian Journal of Statistics 6, 1979).
+    """
     p = np.asarray(p_values, float)
-    adjusted, there = np.full(p.shape, np.nan), np.isfinite(p)
-    if there.any():
-        adjusted[there] = multipletests(p[there], method="holm")[1]
+    there = np.flatnonzero(np.isfinite(p))
+    order = there[np.argsort(p[there], kind="stable")]
+    adjusted = np.full(p.shape, np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return adjusted

@@ -68,7 +68,8 @@ def aggregate(folder: Path, out: Path | None = None) -> AggregateResult:
         if name not in written:
             (out / name).unlink(missing_ok=True)
     for name, data in written.items():
-        files.atomic_write(out / name, data)
+        # A file name that is no text reaches the lists of refused files; it must not stop the report.
+        files.atomic_write(out / name, data.encode("utf-8", "replace") if isinstance(data, str) else data)
     collection = result.collection
     return AggregateResult(
         out,

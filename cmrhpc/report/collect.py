@@ -20,6 +20,7 @@ from cmrhpc import files, plan, shards
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.measure.metrics import check_scores
 from cmrhpc.plan import COHORT, FOLDS, Task
+from cmrhpc.report.tested import ImageTable, find_leaks, image_table
 from cmrhpc.shards import Shard
 from cmrhpc.study import Study, load_study
 
@@ -70,6 +71,11 @@ class Collection:
     unchecked_ids: int  # training ids whose patient no shard tells
 
     @property
+    def leaks_by_design(self) -> bool:
+        """The study splits images and some patient has more than one, so that near copies cross the folds."""
+        return self.study.folds.group_by == "image" and len(self.patients) < len(self.ids)
+
+    @property
     def keys(self) -> list[Key]:
         """(classifier, arm, ratio) in the order of the study, classifier first."""
         order = dict.fromkeys((t.classifier, t.arm, t.ratio) for t in self.expected)
@@ -103,8 +109,8 @@ class _Pool:
         return self.seen.setdefault((array.dtype.str, array.shape, array.tobytes()), array)
 
 
-_NEEDED = ("id", "patient", "label", "score", "train_id")
-_OPTIONAL = ("validation_id", "validation_label", "validation_score")
+_NEEDED = {"id": "S", "patient": "S", "label": "i", "score": "f", "train_id": "S"}  # kind of each dataset
+_OPTIONAL = {"validation_id": "S", "validation_label": "i", "validation_score": "f"}
 
 
 def _predictions_place(folder: Path) -> Path:
@@ -133,9 +139,11 @@ def _read(path: Path, pool: _Pool) -> _Found:
     absent = [name for name in _NEEDED if name not in shard]
     if absent:
         raise BadInput(f"it lacks {', '.join(absent)}")
-    data = {name: shard[name] for name in (*_NEEDED, *_OPTIONAL) if name in shard}
-    if any(data[name].dtype.kind != "S" for name in ("id", "patient", "train_id")) or data["label"].dtype.kind != "i":
-        raise BadInput("its datasets have the wrong types")
+    kinds = _NEEDED | _OPTIONAL
+    data = {name: shard[name] for name in kinds if name in shard}
+    for name, values in data.items():
+        if values.dtype.kind != kinds[name] or values.ndim != (2 if name.endswith("score") else 1):
+            raise BadInput(f"its dataset {name} has the wrong type or shape")
     wrong = check_scores(data["label"], data["score"])
     if wrong or not len(data["id"]) == len(data["patient"]) == len(data["label"]):
         raise BadInput(wrong or "id, patient and label differ in length")
@@ -261,14 +269,16 @@ def collect(folder: Path) -> Collection:
         mend = "compute the predictions of this study, or copy the study.toml that belongs to them"
         raise BadInput(f"no prediction that this study asks for ({why})", str(place), mend)
 
-    table = _image_table(accepted)
+    data = {name: one.data for name, one in accepted.items()}
+    table = image_table(data)
     cells: dict[Key, dict[tuple[int, int], Cell]] = {}
     shared: dict[tuple[int, int, int], Images] = {}
     for name in (name for name in tasks if name in accepted):
         task, one = tasks[name], accepted[name]
         row = cells.setdefault((task.classifier, task.arm, task.ratio), {})
         row[task.repeat, task.fold] = _cell(task, one, table, shared)
-    leaks, unchecked = _find_leaks(accepted, tasks, table)
+    _check_tested_once(cells)
+    leaks, unchecked = find_leaks(data, tasks, table, by_image=study.folds.group_by == "image")
     missing = {name: refused.get(name, "not computed") for name in tasks if name not in accepted}
     return Collection(
         root,
@@ -288,50 +298,25 @@ def collect(folder: Path) -> Collection:
     )
 
 
+def _check_tested_once(cells: dict[Key, dict[tuple[int, int], Cell]]) -> None:
+    """Raises BadInput when two folds of a repeat test the same image: then they come from two splits."""
+    for key, row in cells.items():
+        for repeat in {repeat for repeat, _ in row}:
+            rows = np.concatenate([cell.images.row for (r, _), cell in row.items() if r == repeat])
+            if len(np.unique(rows)) < len(rows):
+                where = f"{key[1]} ratio {key[2]:g} {key[0]}, repeat {repeat}"
+                raise BadInput("two folds test the same image", where, "predictions of two splits are mixed: keep one")
+
+
 def _fits(one: _Found, study: Study) -> str:
-    if tuple(one.shard.attributes.get("classes", ())) != study.classes:
-        return f"its classes are {one.shard.attributes.get('classes')}, not {list(study.classes)}"
+    if one.shard.attributes.get("classes") != list(study.classes):
+        return f"its classes are {one.shard.attributes.get('classes')}, not {list(study.classes)}"[:300]
     if one.data["score"].shape[1] != len(study.classes):
         return f"scores of {one.data['score'].shape[1]} classes, not {len(study.classes)}"
     return ""
 
 
-@dataclass(frozen=True)
-class _Table:
-    ids: np.ndarray
-    label: np.ndarray
-    patient: np.ndarray
-    patients: list[str]
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Row of each id, -1 where no accepted shard tests it."""
-        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[place] == ids, place, -1)
-
-
-def _image_table(accepted: dict[str, _Found]) -> _Table:
-    """All tested images, each once. Raises BadInput when two shards disagree about one."""
-    distinct: dict[tuple[int, ...], tuple[str, _Found]] = {}  # equal arrays were kept once, so identity tells
-    for name, one in accepted.items():
-        distinct.setdefault(tuple(id(one.data[n]) for n in ("id", "patient", "label")), (name, one))
-    parts = [one.data for _, one in distinct.values()]
-    ids, patient, label = (np.concatenate([part[n] for part in parts]) for n in ("id", "patient", "label"))
-    unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    contradiction = (patient != patient[first][inverse]) | (label != label[first][inverse])
-    if contradiction.any():
-        where = int(np.flatnonzero(contradiction)[0])
-        owner = np.repeat(np.arange(len(parts)), [len(part["id"]) for part in parts])[where]
-        raise BadInput(
-            f"shards disagree about the patient or class of image {ids[where].decode('utf-8', 'replace')}",
-            list(distinct.values())[owner][0],
-            "predictions of two cohorts are mixed here: keep those of one",
-        )
-    names, rows = np.unique(patient[first], return_inverse=True)
-    patients = [name.decode("utf-8", "replace") for name in names.tolist()]
-    return _Table(unique, label[first], rows, patients)
-
-
-def _cell(task: Task, one: _Found, table: _Table, shared: dict[tuple[int, int, int], Images]) -> Cell:
+def _cell(task: Task, one: _Found, table: ImageTable, shared: dict[tuple[int, int, int], Images]) -> Cell:
     data = one.data
     key = (id(data["id"]), id(data["patient"]), id(data["label"]))
     if key not in shared:
@@ -353,38 +338,3 @@ def _cell(task: Task, one: _Found, table: _Table, shared: dict[tuple[int, int, i
         score,
         best if isinstance(best, int) else -1,
     )
-
-
-def _find_leaks(accepted: dict[str, _Found], tasks: dict[str, Task], table: _Table) -> tuple[list[str], int]:
-    """Test images or patients that training or validation saw, one line per fold and kind; and ids not checkable."""
-    found: dict[tuple[int, int, str], list[str]] = {}
-    checked: dict[tuple[int, ...], list[str]] = {}
-    unknown: set[bytes] = set()
-    for name, one in accepted.items():
-        data, task = one.data, tasks[name]
-        key = tuple(id(data.get(n)) for n in ("id", "train_id", "validation_id"))
-        if key not in checked:
-            checked[key] = _leaks_of(data, table, unknown)
-        for line in checked[key]:
-            found.setdefault((task.repeat, task.fold, line), []).append(name)
-    lines = [
-        f"repeat {repeat} fold {fold}: {line} ({len(names)} shard{'s' * (len(names) > 1)})"
-        for (repeat, fold, line), names in sorted(found.items())
-    ]
-    return lines, len(unknown)
-
-
-def _leaks_of(data: dict[str, np.ndarray], table: _Table, unknown: set[bytes]) -> list[str]:
-    lines = []
-    tested = np.unique(table.patient[table.rows(data["id"])])
-    for part in ("train", "validation"):
-        ids = np.unique(data.get(f"{part}_id", data["id"][:0]))
-        if both := len(np.intersect1d(ids, data["id"])):
-            lines.append(f"{both} test image{'s' * (both > 1)} in {part}")
-        rows = table.rows(ids)
-        unknown.update(ids[rows < 0].tolist())
-        patients = np.intersect1d(table.patient[rows[rows >= 0]], tested)
-        if len(patients):
-            some = ", ".join(table.patients[p] for p in patients[:5]) + (", ..." if len(patients) > 5 else "")
-            lines.append(f"{len(patients)} test patient{'s' * (len(patients) > 1)} in {part}: {some}")
-    return lines

@@ -167,6 +167,7 @@ def _wider(
     low, high = statistics.interval(a.drawn[metric] - b.drawn[metric], n_patients)
     if np.isfinite(test.low):
         low, high = np.fmin(low, test.low + difference - test.mean), np.fmax(high, test.high + difference - test.mean)
+    low, high = np.clip([low, high], -1, 1)  # with few folds the t interval reaches beyond any difference
     return float(low), float(high)
 
 

@@ -6,6 +6,7 @@ use the same resampled patients, so that arms stay paired.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -88,6 +89,7 @@ class Evaluator:
     def __init__(self, collection: Collection):
         self.collection = collection
         self.n_classes = len(collection.study.classes)
+        self.expected = Counter((task.classifier, task.arm, task.ratio) for task in collection.expected)
         seed = derive_seed(collection.study.seed, "bootstrap")
         self.weights = statistics.patient_weights(len(collection.patients), seed)
 
@@ -95,7 +97,7 @@ class Evaluator:
 
     def row(self, key: Key) -> Row:
         cells = self.collection.cells.get(key, {})
-        n_missing = sum((t.classifier, t.arm, t.ratio) == key for t in self.collection.expected) - len(cells)
+        n_missing = self.expected[key] - len(cells)
         if not cells:
             nan = np.full(self.n_classes, np.nan)
             empty = {name: Figure(float("nan")) for name in METRICS}

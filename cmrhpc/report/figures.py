@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cmrhpc.measure import metrics
 from cmrhpc.report.collect import Key
 from cmrhpc.report.evaluate import Row
 from cmrhpc.report.result import Result, ratio_arms
@@ -191,8 +192,6 @@ def shown_arms(result: Result, classifier: str) -> list[tuple[Key, Row]]:
 
 def roc(result: Result) -> bytes | None:
     """ROC curves over images, pooled over the folds of a repeat and averaged over repeats; binary studies."""
-    from sklearn.metrics import roc_curve
-
     groups = [name for name, _ in _by_classifier(result)]
     if len(result.collection.study.classes) != 2 or not groups:
         return None
@@ -205,7 +204,7 @@ def roc(result: Result) -> bytes | None:
                 here = [cell for (r, _), cell in cells.items() if r == repeat]
                 label = np.concatenate([cell.images.label for cell in here])
                 if 0 < label.sum() < len(label):
-                    x, y, _ = roc_curve(label, np.concatenate([cell.score[:, 1] for cell in here]))
+                    x, y = metrics.roc(label == 1, np.concatenate([cell.score[:, 1] for cell in here]))
                     curves.append(np.r_[0, np.interp(grid[1:], x, y)])
             if curves:
                 text = f"{_row_name(key)} ({row.figures['auc'].value:.3f})"
@@ -217,7 +216,8 @@ def roc(result: Result) -> bytes | None:
         ax.set_aspect("equal")
         ax.set_title(plain(name), fontsize=10, loc="left")
         ax.tick_params(labelsize=8)
-        ax.legend(fontsize=7, frameon=False, loc="lower right", title="arm (AUC)", title_fontsize=7)
+        if len(ax.lines) > 1:
+            ax.legend(fontsize=7, frameon=False, loc="lower right", title="arm (AUC)", title_fontsize=7)
     return png(figure)
 
 
@@ -233,7 +233,8 @@ def classifier_training(result: Result) -> bytes | None:
             cells = list(result.collection.cells[key].values())
             cells = [c for c in cells if "history_step" in c.shard and "history_validation_loss" in c.shard]
             histories = [(c.shard["history_step"], c.shard["history_validation_loss"]) for c in cells]
-            histories = [(x, y) for x, y in histories if len(x) == len(y) > 0]
+            histories = [(x, y) for x, y in histories if x.shape == y.shape and x.ndim == 1 and x.size]
+            histories = [(x, y) for x, y in histories if x.dtype.kind == "i" and y.dtype.kind == "f"]
             if not histories:
                 continue
             steps = max((x for x, _ in histories), key=len)

@@ -123,7 +123,7 @@ def make_gallery(collection: Collection) -> Gallery:
         return gallery
     try:
         _fill(gallery, images, collection)
-    except (KeyError, CmrhpcError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, CmrhpcError) as error:  # shards that do not fit each other
         gallery.notes.append(f"images and kernel distances stop here: {error}")
     return gallery
 

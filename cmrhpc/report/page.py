@@ -94,7 +94,7 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         missing=_shortened(collection.missing),
         max_listed=MAX_LISTED,
         facts=_facts(result),
-        study_json=json.dumps(study.to_json(), indent=2),
+        study_json=json.dumps(study.to_share(), indent=2),
         count=count,
         NONE=NONE,
     )

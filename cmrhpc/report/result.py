@@ -169,12 +169,12 @@ def answer_in_words(collection: Collection, primary: Comparison | None, declared
 def warnings_of(collection: Collection) -> list[str]:
     """What a reader must know before reading any number, most serious first."""
     study, found = collection.study, []
-    if study.folds.group_by == "image":
+    if collection.leaks_by_design:
         found.append(
             'Leaking by design: this study splits images, not patients (group_by = "image", as the papers did). Images '
             "of one patient are near copies, so every figure here is too good; it is no accuracy on new patients."
         )
-    if collection.leaks and study.folds.group_by == "patient":
+    if collection.leaks:
         found.append("Leak: test patients or test images were found in training; see Missing cells and leaks.")
     if collection.missing:
         found.append(

@@ -27,8 +27,8 @@ INTERVALS = (
     "patients were drawn, not how training would go another time."
 )
 COMPARISONS = (
-    "Differences in percentage points (AUC: hundredths) on the folds that both have. Interval: the wider of "
-    "patient bootstrap and corrected resampled t. p: corrected t over folds and repeats (Nadeau-Bengio), which decides; "
+    "Differences in percentage points (AUC: hundredths) on the folds that both have. Interval: the wider of patient "
+    "bootstrap and corrected resampled t. p: corrected t over folds and repeats (Nadeau-Bengio), which decides. "
     "McNemar: one prediction per patient, exact, for these trained models only (balanced accuracy: patient-wise "
     "permutation; AUC: DeLong on patients). One comparison, the primary, was declared before the study ran; all others "
     "are exploratory, Holm-corrected within a classifier and metric."

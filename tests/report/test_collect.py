@@ -1,0 +1,242 @@
+"""What is collected, what is missing, what is refused and why."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmrhpc import plan, shards
+from cmrhpc.errors import BadInput
+from cmrhpc.report import csvfiles
+from cmrhpc.report.aggregate import aggregate
+from cmrhpc.report.collect import collect
+from cmrhpc.report.result import evaluate
+from cmrhpc.report.tables import table_md
+from tests.report import made
+
+
+@pytest.fixture
+def study():
+    return made.study()
+
+
+@pytest.fixture
+def one(study):
+    return made.cohort(study)
+
+
+@pytest.fixture
+def scores(one):
+    return made.noisy_scores(one.label, 2, {})
+
+
+def task_of(study, arm="dae-gan", ratio=3.0, fold=1, repeat=0):
+    found = [
+        t for t in plan.tasks(study, "classify") if (t.arm, t.ratio, t.fold, t.repeat) == (arm, ratio, fold, repeat)
+    ]
+    return found[0]
+
+
+def test_every_cell_is_found_and_every_image_tested_once_per_repeat(tmp_path: Path, study, one, scores) -> None:
+    tasks = made.write(tmp_path, study, one, scores)
+    found = collect(tmp_path)
+    assert found.study == study
+    assert (found.missing, found.refused, found.unasked, found.leaks, found.unchecked_ids) == ({}, {}, [], [], 0)
+    assert sum(len(row) for row in found.cells.values()) == len(tasks) == 4 * 6
+    assert [i.decode() for i in found.ids.tolist()] == one.ids.tolist()
+    assert found.image_label.tolist() == one.label.tolist()
+    for row in found.cells.values():
+        for repeat in range(2):
+            rows = np.concatenate([cell.images.row for (r, _), cell in row.items() if r == repeat])
+            assert sorted(rows.tolist()) == list(range(len(one.ids)))
+    assert found.patients_per_class() == [
+        (name, patients, int((one.label == i).sum()))
+        for i, (name, patients) in enumerate((("normal", 9), ("disease", 15)))
+    ]
+
+
+def test_missing_cells_are_named(tmp_path: Path, study, one, scores) -> None:
+    gone = task_of(study)
+    made.write(tmp_path, study, one, scores, skip=lambda task: task == gone)
+    assert collect(tmp_path).missing == {gone.output: "not computed"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 4}, "another seed"),
+        ({"settings": {"other": 1}}, "other settings"),
+        ({"task": {"stage": "classify"}}, "another task"),
+        ({"attributes": {"classes": ["a", "b"]}}, "its classes are"),
+        ({"schema": "images-1"}, "a shard of schema"),
+        ({"inputs": {"cohort.h5": "d" * 64, "folds.h5": "b" * 64}}, "made from another cohort.h5"),
+    ],
+)
+def test_a_foreign_shard_is_refused_and_its_cell_missing(
+    tmp_path: Path, study, one, scores, changes, says: str
+) -> None:
+    task = task_of(study, "none", 0.0)
+    (tmp_path / "study.toml").write_text(made.toml())
+    made.write_one(tmp_path, study, task, made.datasets(one, task, scores), **changes)
+    made.write(tmp_path, study, one, scores, skip=lambda other: other == task)
+    found = collect(tmp_path)
+    assert says in found.missing[task.output]
+    assert list(found.missing) == list(found.refused) == [task.output]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data["score"].__setitem__((0, 1), np.nan), "not finite"),
+        (lambda data: data["label"].__setitem__(0, 7), "labels outside"),
+        (lambda data: data["id"].__setitem__(0, data["id"][1]), "tests an image twice"),
+        (lambda data: data.pop("train_id"), "lacks train_id"),
+        (lambda data: data.__setitem__("label", data["label"].astype(float)), "label has the wrong type"),
+        (lambda data: data.__setitem__("id", data["id"][:, None]), "id has the wrong type or shape"),
+        (lambda data: data.__setitem__("score", np.c_[data["score"], data["score"]]), "scores of 4 classes"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, study, one, scores, change, says: str) -> None:
+    task = task_of(study)
+    made.write(tmp_path, study, one, scores, skip=lambda other: other == task)
+    data = made.datasets(one, task, scores)
+    change(data)
+    made.write_one(tmp_path, study, task, data)
+    assert says in collect(tmp_path).missing[task.output]
+
+
+def test_damaged_and_misplaced_files_are_refused(tmp_path: Path, study, one, scores) -> None:
+    made.write(tmp_path, study, one, scores)
+    flipped, moved = tmp_path / task_of(study, fold=0).output, tmp_path / task_of(study, fold=2).output
+    raw = bytearray(flipped.read_bytes())
+    raw[-9] ^= 4
+    flipped.write_bytes(raw)
+    shutil.copy(tmp_path / task_of(study, "none", 0.0).output, moved)
+    found = collect(tmp_path)
+    assert "checksum" in found.missing[task_of(study, fold=0).output]
+    assert "another task" in found.missing[task_of(study, fold=2).output]
+
+
+def test_links_and_temporary_files_are_not_read(tmp_path: Path, study, one, scores) -> None:
+    made.write(tmp_path, study, one, scores, skip=lambda t: t.fold == 2)
+    source, target = tmp_path / task_of(study, fold=0).output, tmp_path / task_of(study, fold=2).output
+    target.symlink_to(source)
+    (target.parent / ".fold1_repeat1.h5.tmp.host.1.2").write_bytes(b"half")
+    assert collect(tmp_path).missing[task_of(study, fold=2).output] == "not computed"
+
+
+def test_shards_that_the_study_no_longer_asks_for_are_left_out(tmp_path: Path, study, one, scores) -> None:
+    made.write(tmp_path, study, one, scores)
+    (tmp_path / "study.toml").write_text(made.toml(arms="none dae-gan:3"))
+    found = collect(tmp_path)
+    assert len(found.unasked) == 12
+    assert found.missing == {}
+    assert found.study_from == "study.toml"
+
+
+def test_without_a_study_file_the_newest_shard_tells_the_study(tmp_path: Path, one, scores, monkeypatch) -> None:
+    old, new = made.study(arms="none dae-gan:3"), made.study()
+    made.write(tmp_path, old, one, scores)
+    monkeypatch.setattr(shards.time, "strftime", lambda *a: "2999-01-01T00:00:00Z")
+    task = task_of(new, "affine", 0.0)
+    made.write_one(tmp_path, new, task, made.datasets(one, task, scores))
+    found = collect(tmp_path)
+    assert found.study == new
+    assert len(found.missing) == 4 * 6 - 13
+    assert task.output in found.study_from
+
+
+def test_a_copied_predictions_folder_alone_gives_the_same_tables(tmp_path: Path, study, one, scores) -> None:
+    made.write(tmp_path / "ws", study, one, scores)
+    (tmp_path / "ws" / "study.toml").write_text(made.toml())
+    whole = evaluate(collect(tmp_path / "ws"))
+    for name in ("predictions", "renamed"):
+        copy = tmp_path / "elsewhere" / name
+        shutil.copytree(tmp_path / "ws" / "predictions", copy)
+        alone = evaluate(collect(copy))
+        for table in (
+            csvfiles.table_csv,
+            csvfiles.comparisons_csv,
+            csvfiles.folds_csv,
+            csvfiles.patients_csv,
+            table_md,
+        ):
+            assert table(alone) == table(whole)
+    assert aggregate(copy).folder == copy / "report"
+
+
+def test_two_cohorts_in_one_folder_are_bad_input(tmp_path: Path, study, one, scores) -> None:
+    task = task_of(study)
+    made.write(tmp_path, study, one, scores, skip=lambda other: other == task)
+    one.patient[np.flatnonzero(one.split[0, 1][2])[0]] = "p9999"
+    made.write_one(tmp_path, study, task, made.datasets(one, task, scores))
+    with pytest.raises(BadInput, match="disagree about the patient or class of image r0"):
+        collect(tmp_path)
+
+
+def test_folds_of_two_splits_are_bad_input(tmp_path: Path, study, one, scores) -> None:
+    made.write(tmp_path, study, one, scores, skip=lambda t: (t.fold, t.repeat) == (1, 0))
+    one.split[0, 1] = one.split[0, 2]
+    made.write_one(tmp_path, study, task_of(study), made.datasets(one, task_of(study), scores))
+    with pytest.raises(BadInput, match="two folds test the same image"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "damaged", "other study"])
+def test_no_usable_prediction_is_bad_input(tmp_path: Path, study, one, scores, what: str) -> None:
+    folder = tmp_path / "ws"
+    if what != "nothing":
+        (folder / "predictions").mkdir(parents=True)
+    if what == "damaged":
+        path = folder / task_of(study).output
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"nonsense")
+    if what == "other study":
+        made.write(folder, study, one, scores, skip=lambda t: t.arm != "none")
+        (folder / "study.toml").write_text(made.toml(seed=99))
+    with pytest.raises(BadInput, match="no such folder" if what == "nothing" else "no prediction"):
+        collect(folder)
+
+
+def test_leaks_are_found_by_image_and_by_patient(tmp_path: Path, study, one, scores) -> None:
+    train, _, test = one.split[1, 2]
+    leaking = np.flatnonzero(test)[:1]
+    patient = one.patient[leaking[0]]
+    train[leaking] = True
+    made.write(tmp_path, study, one, scores)
+    found = collect(tmp_path)
+    assert found.leaks == [
+        "repeat 1 fold 2: 1 test image in train (4 shards)",
+        f"repeat 1 fold 2: 1 test patient in train: {patient} (4 shards)",
+    ]
+
+
+def test_training_ids_that_no_shard_tests_are_counted(tmp_path: Path, study, one, scores) -> None:
+    made.write(tmp_path, study, one, scores, skip=lambda t: t.fold == 0)
+    never_tested = set(one.ids[one.split[0, 0][2]]) & set(one.ids[one.split[1, 0][2]])
+    assert collect(tmp_path).unchecked_ids == len(never_tested) > 0
+
+
+def test_a_changed_synthetic_shard_makes_its_predictions_stale(tmp_path: Path, study, one, scores) -> None:
+    """In a workspace the inputs are at hand; in a copied predictions folder they are not and cannot be compared."""
+    (tmp_path / "study.toml").write_text(made.toml())
+    made.write(tmp_path, study, one, scores)
+    assert collect(tmp_path).missing == {}
+    synthetic = next(t for t in plan.tasks(study, "synthesize") if (t.fold, t.repeat, t.label) == (1, 0, 0))
+    inputs = {path: made.HASHES[path] for path in plan.inputs(study, synthetic)}
+    common = {"schema": "images-1", "task": synthetic.to_json(), "inputs": inputs, "seed": plan.seed(study, synthetic)}
+    data = {"image": np.zeros((2, 1, 16, 16), np.float32), "label": np.zeros(2, np.int64)}
+    content = shards.write_shard(tmp_path / synthetic.output, data, settings=plan.settings(study, synthetic), **common)
+    stale = collect(tmp_path).missing
+    assert {path.split("/")[1] for path in stale} == {"dae-gan"}
+    assert all(reason == f"it was made from another {synthetic.output}" for reason in stale.values())
+    assert len(stale) == 2
+    for task in (t for t in plan.tasks(study, "classify") if t.output in stale):
+        made.write_one(tmp_path, study, task, made.datasets(one, task, scores), inputs={synthetic.output: content})
+    assert collect(tmp_path).missing == {}
+    data["image"] += 1
+    shards.write_shard(tmp_path / synthetic.output, data, settings={"other": 1}, **common)
+    assert len(collect(tmp_path).missing) == 2

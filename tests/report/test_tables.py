@@ -1,0 +1,388 @@
+"""The tables against scikit-learn, against truth that was planted, and against each other."""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from cmrhpc.report import csvfiles, tables
+from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
+from cmrhpc.report.collect import collect
+from cmrhpc.report.published import FIGURES
+from cmrhpc.report.result import evaluate, figure_text
+from tests.report import made
+
+METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> AggregateResult:
+    """Two classifiers; one cell of dae-gan at ratio 3 and the whole of affine are missing."""
+    root = tmp_path_factory.mktemp("made")
+    study = made.study(
+        arms="none affine dae-gan:0,1,3 dae-gan+affine:1,3 dae-gan+simgan:4", classifiers="resnet50 xception"
+    )
+    one = made.cohort(study)
+
+    def skip(task) -> bool:
+        lost = (task.arm, task.ratio, task.fold, task.repeat, task.classifier) == ("dae-gan", 3, 1, 0, "resnet50")
+        return task.arm == "affine" or lost
+
+    made.write(root, study, one, made.noisy_scores(one.label, 2, {"none": 0.5}), skip)
+    return aggregate(root)
+
+
+def test_table_has_the_columns_of_the_contract(report: AggregateResult) -> None:
+    header = (report.folder / "table.csv").read_text().splitlines()[0].split(",")
+    assert header == [
+        *("classifier", "arm", "ratio", *METRICS),
+        *(f"{m}_{end}" for m in METRICS for end in ("low", "high")),
+        *("n_folds", "n_repeats", "n_missing"),
+        *("published_accuracy", "published_sensitivity", "published_specificity"),
+    ]
+    header = (report.folder / "comparisons.csv").read_text().splitlines()[0]
+    assert header == "classifier,arm,ratio,versus,metric,difference,low,high,p_corrected_t,p_mcnemar,p_holm"
+    rows = [(r["classifier"], r["arm"], r["ratio"]) for r in read_csv(report.folder / "table.csv")]
+    arms = [("none", "0.0"), ("affine", "0.0"), ("dae-gan", "1.0"), ("dae-gan", "3.0")]
+    arms += [("dae-gan+affine", "1.0"), ("dae-gan+affine", "3.0"), ("dae-gan+simgan", "4.0")]
+    assert rows == [(c, *arm) for c in ("resnet50", "xception") for arm in arms]
+
+
+def test_table_agrees_with_scikit_learn_on_the_stored_predictions(report: AggregateResult) -> None:
+    predictions = report.folder.parent / "predictions"
+    compared = 0
+    for row in read_csv(report.folder / "table.csv"):
+        place = predictions / row["arm"] / f"ratio{float(row['ratio']):g}" / row["classifier"]
+        found: dict[str, list[float]] = {name: [] for name in METRICS}
+        for repeat in range(2):
+            parts = []
+            for path in sorted(place.glob(f"fold*_repeat{repeat}.h5")):
+                with h5py.File(path) as file:
+                    parts.append((file["label"][()], file["score"][()]))
+            if not parts:
+                continue
+            label, score = (np.concatenate(values) for values in zip(*parts, strict=True))
+            predicted = score.argmax(1)
+            found["accuracy"].append(sk.accuracy_score(label, predicted))
+            found["sensitivity"].append(sk.recall_score(label, predicted))
+            found["specificity"].append(sk.recall_score(label, predicted, pos_label=0))
+            found["balanced_accuracy"].append(sk.balanced_accuracy_score(label, predicted))
+            found["auc"].append(sk.roc_auc_score(label, score[:, 1]))
+        for name in METRICS:
+            if row["arm"] == "affine":
+                assert row[name] == row[f"{name}_low"] == ""
+                continue
+            assert float(row[name]) == pytest.approx(np.mean(found[name]), abs=1e-12)
+            assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
+            compared += 1
+    assert compared == 12 * 5
+
+
+def test_accuracy_is_the_prevalence_weighted_mean_on_every_complete_row(report: AggregateResult) -> None:
+    (_, _, negative), (_, _, positive) = report.result.collection.patients_per_class()
+    share = positive / (positive + negative)
+    for row in read_csv(report.folder / "table.csv"):
+        if row["n_missing"] == "0":
+            weighted = float(row["sensitivity"]) * share + float(row["specificity"]) * (1 - share)
+            assert float(row["accuracy"]) == pytest.approx(weighted, abs=1e-12)
+
+
+def test_missing_cells_are_counted_and_listed(report: AggregateResult) -> None:
+    counted = {(r["classifier"], r["arm"], r["ratio"]): r for r in read_csv(report.folder / "table.csv")}
+    assert {key for key, r in counted.items() if r["n_missing"] != "0"} == {
+        ("resnet50", "affine", "0.0"),
+        ("xception", "affine", "0.0"),
+        ("resnet50", "dae-gan", "3.0"),
+    }
+    lost = counted["resnet50", "dae-gan", "3.0"]
+    assert (lost["n_folds"], lost["n_repeats"], lost["n_missing"]) == ("3", "2", "1")
+    empty = counted["xception", "affine", "0.0"]
+    assert (empty["n_folds"], empty["n_repeats"], empty["n_missing"]) == ("0", "0", "6")
+    folds = read_csv(report.folder / "folds.csv")
+    assert len(folds) == report.n_expected == 14 * 6
+    assert sum(f["state"] == "missing: not computed" for f in folds) == report.n_missing == 13
+    page = (report.folder / "index.html").read_text()
+    assert "13 cells of 84 missing" in page
+    assert "dae-gan/ratio3/resnet50/fold1_repeat0" in page
+
+
+def test_folds_are_those_of_the_shards(report: AggregateResult) -> None:
+    for row in read_csv(report.folder / "folds.csv"):
+        if row["state"] != "found":
+            continue
+        place = (
+            f"{row['arm']}/ratio{float(row['ratio']):g}/{row['classifier']}/fold{row['fold']}_repeat{row['repeat']}.h5"
+        )
+        with h5py.File(report.folder.parent / "predictions" / place) as file:
+            label, score = file["label"][()], file["score"][()]
+            assert int(row["n_patients"]) == len(set(file["patient"][()].tolist()))
+        assert float(row["accuracy"]) == pytest.approx(sk.accuracy_score(label, score.argmax(1)), abs=1e-12)
+        assert (int(row["n_images"]), row["best_step"]) == (len(label), "200")
+
+
+def test_patients_are_means_over_images_and_repeats(report: AggregateResult) -> None:
+    root, sums = report.folder.parent / "predictions", {}
+    for path in (root / "none").rglob("*.h5"):
+        with h5py.File(path) as file:
+            for patient, score in zip(file["patient"][()].tolist(), file["score"][()], strict=True):
+                sums.setdefault((path.parent.name, patient.decode()), []).append(score)
+    rows = [r for r in read_csv(report.folder / "patients.csv") if r["arm"] == "none"]
+    assert len(rows) == 2 * 24
+    for row in rows:
+        scores = sums[row["classifier"], row["patient"]]
+        assert float(row["score_1"]) == pytest.approx(np.mean(scores, axis=0)[1], abs=1e-12)
+        assert int(row["n_predictions"]) == len(scores) == 2 * int(row["n_images"])
+        assert int(row["predicted"]) == int(float(row["score_1"]) > float(row["score_0"]))
+
+
+def test_published_figures_stand_beside_their_arms(report: AggregateResult) -> None:
+    table = {(r["classifier"], r["arm"], float(r["ratio"])): r for r in read_csv(report.folder / "table.csv")}
+    shown = {key for key, row in table.items() if row["published_accuracy"]}
+    arms = (("none", 0), ("affine", 0), ("dae-gan", 3), ("dae-gan+simgan", 4))
+    assert shown == set(table) & set(FIGURES) == {(c, *arm) for c in ("resnet50", "xception") for arm in arms}
+    first = table["resnet50", "none", 0.0]
+    assert [first[f"published_{m}"] for m in METRICS[:3]] == ["0.7767", "0.9674", "0.6964"]
+    refined = table["xception", "dae-gan+simgan", 4.0]
+    assert [refined[f"published_{m}"] for m in METRICS[:3]] == ["0.88", "", ""]
+    for name in ("index.html", "table.md"):
+        text = (report.folder / name).read_text()
+        assert "no published row" in text
+        assert "0.8974 or 0.7664" in text
+
+
+def visible_text(page: str) -> str:
+    """The text of a page as a reader sees it, blanks collapsed."""
+    body = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))
+
+
+def test_page_csv_markdown_and_latex_agree(report: AggregateResult) -> None:
+    page = visible_text((report.folder / "index.html").read_text())
+    markdown = (report.folder / "table.md").read_text()
+    latex = (report.folder / "table.tex").read_text()
+    terminal = terminal_table(report.folder.parent)
+    for row in read_csv(report.folder / "table.csv"):
+        start = f"{row['arm']} {float(row['ratio']):g} "
+        cells = []
+        for name in METRICS:
+            digits = (lambda v: f"{v:.3f}") if name == "auc" else (lambda v: f"{100 * v:.1f}")
+            if row[name]:
+                value, low, high = (digits(float(row[name + end])) for end in ("", "_low", "_high"))
+                cells.append(f"{value} ({low}–{high})")
+            else:
+                cells.append("–")
+        assert start + " ".join(cells) in page
+        assert f"| {row['classifier']} | {row['arm']} | {float(row['ratio']):g} | {' | '.join(cells)} |" in markdown
+        line = f"{row['classifier']} & {row['arm']} & {float(row['ratio']):g} & {' & '.join(cells)} &"
+        assert line.replace("–", "--") in latex
+        assert re.search(re.escape(row["arm"]) + r" .*" + re.escape(cells[0].replace("–", "-")), terminal)
+    for row in read_csv(report.folder / "comparisons.csv"):
+        if row["metric"] != "accuracy" or not row["difference"]:
+            continue
+        ratio = f" at ratio {float(row['ratio']):g}" if float(row["ratio"]) else ""
+        difference, low, high = (100 * float(row[n]) for n in ("difference", "low", "high"))
+        assert f"{row['arm']}{ratio} {row['versus']} {difference:+.1f} {low:.1f} to {high:.1f}" in page
+        assert f"| {row['versus']} | accuracy | {difference:+.1f} | {low:.1f} to {high:.1f} |" in markdown
+
+
+def test_latex_is_balanced_and_escaped(report: AggregateResult) -> None:
+    latex = (report.folder / "table.tex").read_text()
+    body = [line for line in latex.splitlines() if not line.startswith("%")]
+    assert body[0] == r"\begin{tabular}{ll" + "r" * 9 + "}"
+    assert body[-1] == r"\end{tabular}"
+    rows = [line for line in body if line.endswith(r"\\")]
+    assert len(rows) == 1 + 14
+    assert {line.count("&") for line in rows} == {10}
+    assert not re.search(r"(?<!\\)[%#_]", "\n".join(body))
+    assert latex.isascii()
+    assert tables.tex_text(r"a_b & 50% {\x} #1 $2 ~^ <é> 心") == (
+        r"a\_b \& 50\% \{\textbackslash{}x\} \#1 \$2 \textasciitilde{}\textasciicircum{} $<$é$>$ ?"
+    )
+
+
+def test_latex_compiles(report: AggregateResult, tmp_path: Path) -> None:
+    if not shutil.which("pdflatex"):
+        pytest.skip("no LaTeX on this machine")
+    text = (report.folder / "table.tex").read_text() + tables.tex_text('\\ & % $ # _ { } ~ ^ < > – " | é 心')
+    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\begin{{document}}\tiny {text}\end{{document}}")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "t.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert not re.search(r"^!", done.stdout, flags=re.M)
+
+
+def test_markdown_renders_as_tables(report: AggregateResult) -> None:
+    markdown_it = pytest.importorskip("markdown_it")
+    text = (
+        (report.folder / "table.md").read_text()
+        + "\n\n| a |\n|---|\n| "
+        + tables.markdown_text("x|y <b>*z*</b>")
+        + " |\n"
+    )
+    rendered = markdown_it.MarkdownIt("commonmark").enable("table").render(text)
+    parts = rendered.split("<table>")[1:]
+    rows = [[len(re.findall(r"<t[hd]", row)) for row in part.split("<tr>")[1:]] for part in parts]
+    comparisons = len(report.result.comparisons)
+    assert rows == [[11] * 15, [11] * (1 + comparisons), [9] * (1 + len(report.result.best)), [1, 1]]
+    assert "<td>x|y &lt;b&gt;*z*&lt;/b&gt;</td>" in parts[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((sign + "1+1", "'" + sign + "1+1") for sign in "=+-@\t\r"),
+        ("none", "none"),
+        (-0.25, "-0.25"),
+        (0.1 + 0.2, "0.30000000000000004"),
+        (np.float64(0.5), "0.5"),
+        (math.nan, ""),
+        (None, ""),
+        (3, "3"),
+    ],
+)
+def test_csv_cells_are_exact_and_run_no_formula(value, text: str) -> None:
+    assert csvfiles.csv_cell(value) == text
+
+
+def planted(tmp_path: Path, right, **options) -> list[dict[str, str]]:
+    """table.csv of a study in which `right(task, rows)` says which images are read rightly, with score .9."""
+    study = made.study(arms="none dae-gan:3", **options)
+    one = made.cohort(study, patients=(10, 10), images=1)
+
+    def scores(task, rows):
+        p = np.where(right(task, rows), 0.9, 0.1)
+        return np.where(one.label[rows, None] == 1, np.c_[1 - p, p], np.c_[p, 1 - p])
+
+    made.write(tmp_path, study, one, scores)
+    aggregate(tmp_path)
+    return read_csv(tmp_path / "report" / "table.csv")
+
+
+def test_planted_truth_comes_out(tmp_path: Path) -> None:
+    """none reads 5 of the 20 patients wrongly (2 normal, 3 diseased), dae-gan reads all rightly."""
+    wrong = (0, 1, 10, 11, 12)
+    none, gan = planted(tmp_path, lambda task, rows: (task.arm != "none") | ~np.isin(rows, wrong))
+    assert [float(none[m]) for m in METRICS[:4]] == pytest.approx([0.75, 0.7, 0.8, 0.75], abs=1e-12)
+    assert [float(gan[m]) for m in METRICS] == [1.0] * 5
+    # All patients right: no resample differs, so the limits are exact ones over 20, 10 and 10 patients.
+    assert float(gan["accuracy_low"]) == pytest.approx(0.025 ** (1 / 20), abs=1e-12)
+    assert float(gan["sensitivity_low"]) == pytest.approx(0.025 ** (1 / 10), abs=1e-12)
+    assert (gan["balanced_accuracy_low"], gan["auc_low"]) == ("", "")
+    comparison = next(c for c in read_csv(tmp_path / "report" / "comparisons.csv") if c["metric"] == "accuracy")
+    assert float(comparison["difference"]) == pytest.approx(0.25, abs=1e-12)
+    assert float(comparison["p_mcnemar"]) == pytest.approx(2 / 2**5, abs=1e-12)
+    assert comparison["p_holm"] == ""
+    details = read_csv(tmp_path / "report" / "comparison_details.csv")[0]
+    assert (details["role"], details["only_arm_right"], details["only_versus_right"]) == ("primary", "5", "0")
+
+
+def test_equal_scores_count_as_the_negative_class(tmp_path: Path) -> None:
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, lambda task, rows: np.full((len(rows), 2), 0.5))
+    result = aggregate(tmp_path)
+    for row in read_csv(tmp_path / "report" / "table.csv"):
+        assert [float(row[m]) for m in METRICS[1:]] == [0.0, 1.0, 0.5, 0.5]
+    assert "0.0 points accuracy" in result.result.answer
+    assert "not distinguishable from no effect (p = 1.000)" in result.result.answer
+
+
+def test_one_class_folds_leave_blanks_and_the_pooled_value_whole(tmp_path: Path) -> None:
+    """Three normal patients in five folds: in some folds nobody is normal."""
+    study = made.study(arms="none dae-gan:3", k=5)
+    one = made.cohort(study, patients=(3, 12))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    result = aggregate(tmp_path)
+    folds = read_csv(tmp_path / "report" / "folds.csv")
+    blank = [f for f in folds if f["specificity"] == ""]
+    assert len(blank) == 2 * 2 * 2
+    assert all(f["auc"] == f["balanced_accuracy"] == "" and f["sensitivity"] == f["accuracy"] for f in blank)
+    assert all(row["specificity"] for row in read_csv(tmp_path / "report" / "table.csv"))
+    assert any("Only 3 normal patients" in w for w in result.result.warnings)
+
+
+def test_a_cohort_of_one_class_has_no_specificity(tmp_path: Path) -> None:
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study, patients=(0, 12))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    aggregate(tmp_path)
+    row = read_csv(tmp_path / "report" / "table.csv")[0]
+    assert (row["specificity"], row["balanced_accuracy"], row["auc"]) == ("", "", "")
+    assert row["sensitivity"] == row["accuracy"] != ""
+
+
+def test_multi_class_studies_add_per_class_figures(tmp_path: Path) -> None:
+    classes = ("=nv", "mel|a", "<b>bcc</b>")
+    study = made.study(arms="none dae-gan:3", classes=classes)
+    one = made.cohort(study, patients=(8, 8, 9))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 3, {}))
+    aggregate(tmp_path)
+    rows = read_csv(tmp_path / "report" / "classes.csv")
+    assert [row["class"] for row in rows] == ["'=nv", "mel|a", "<b>bcc</b>"] * 2
+    expected = []
+    for repeat in range(2):
+        parts = []
+        for path in sorted((tmp_path / "predictions" / "none").rglob(f"*repeat{repeat}.h5")):
+            with h5py.File(path) as file:
+                parts.append((file["label"][()], file["score"][()].argmax(1)))
+        label, predicted = (np.concatenate(values) for values in zip(*parts, strict=True))
+        expected.append(
+            (sk.precision_recall_fscore_support(label, predicted)[:3], sk.confusion_matrix(label, predicted))
+        )
+    for i, row in enumerate(rows[:3]):
+        for j, name in enumerate(("precision", "recall", "f1")):
+            assert float(row[name]) == pytest.approx(np.mean([e[0][j][i] for e in expected]), abs=1e-12)
+        found = [float(row[f"predicted_{k}"]) for k in range(3)]
+        assert found == pytest.approx(np.mean([e[1][i] for e in expected], axis=0).tolist(), abs=1e-12)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "&lt;b&gt;bcc&lt;/b&gt;" in page
+    assert "<b>bcc" not in page
+    assert "published row" not in page
+
+
+def test_names_cannot_move_the_cursor_of_a_terminal(tmp_path: Path) -> None:
+    study = made.study(arms="none dae-gan:3", classes=("normal \u202e", "d\u009bisease"))
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    text = aggregate(tmp_path).text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert terminal_table(tmp_path) == text
+
+
+def test_a_figure_without_interval_says_so() -> None:
+    from cmrhpc.report.evaluate import Figure
+
+    assert figure_text("accuracy", Figure(0.5)) == "50.0 (no interval)"
+    assert figure_text("auc", Figure(math.nan)) == "–"
+    assert figure_text("auc", Figure(0.91234, 0.8, 1.0)) == "0.912 (0.800–1.000)"
+
+
+def test_intervals_do_not_depend_on_what_else_the_study_holds(tmp_path: Path) -> None:
+    """The same patients are drawn for every arm: taking an arm away changes no other row."""
+    study = made.study()
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    whole = evaluate(collect(tmp_path)).rows
+    (tmp_path / "study.toml").write_text(made.toml(arms="none dae-gan:3"))
+    fewer = evaluate(collect(tmp_path)).rows
+    assert all(whole[key].figures == row.figures for key, row in fewer.items())
