@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import stat
 import time
@@ -20,6 +21,8 @@ from cmrhpc.errors import BadInput
 DAY = 86400.0
 _counter = 0
 _kept: set[Path] = set()
+_TEMPORARY = re.compile(r"\..+\.tmp\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<start>\d+)-\d+", re.DOTALL)
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the number Linux gives to the one of the machine itself
 
 
 def never_create(folder: Path) -> None:
@@ -36,7 +39,13 @@ def process_start(pid: int | str = "self") -> str:
 
 
 def host_name() -> str:
-    return socket.gethostname().replace(".", "_") or "host"
+    """The host, and in a container with process numbers of its own that numbering too: pids mean nothing across."""
+    name = socket.gethostname().replace(".", "_") or "host"
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return name
+    return name if namespace == _FIRST_PID_NAMESPACE else f"{name}-{namespace.strip('pid:[]')}"
 
 
 def temporary_name(path: Path) -> Path:
@@ -47,8 +56,14 @@ def temporary_name(path: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, without access for others; the group follows the parent folder."""
+    """Create a folder and its parents, without access for others; the group follows the parent folder.
+
+    Raises BadInput when the file system refuses, or when a link on the way leads out of the workspace.
+    """
     try:
+        for root in _kept:
+            if folder.is_relative_to(root) and not folder.resolve().is_relative_to(root.resolve()):
+                raise BadInput("a link leads out of the workspace", str(folder), "remove the link: it is not followed")
         missing = []
         while not folder.exists():
             if folder in _kept:
@@ -105,6 +120,11 @@ def rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def create(path: Path) -> None:
+    """A new empty file that nobody else may open, before anything is in it."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def write_all(path: Path, data: bytes) -> None:
     with open(path, "wb") as stream:
         stream.write(data)
@@ -127,6 +147,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         try:
+            create(temporary)
             yield temporary
             set_permissions(temporary)
             sync_file(temporary)
@@ -161,6 +182,7 @@ def create_once(path: Path, data: bytes | str) -> bool:
     make_folder(path.parent)
     temporary = temporary_name(path)
     try:
+        create(temporary)
         write_all(temporary, data.encode() if isinstance(data, str) else data)
         set_permissions(temporary)
         sync_file(temporary)
@@ -177,19 +199,20 @@ def create_once(path: Path, data: bytes | str) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    return name.startswith(".") and ".tmp." in name
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_stale(folder: Path) -> int:
     """Remove temporary files below `folder` whose process is gone from this host or that are older than a day."""
     removed = 0
     for place, _, names in os.walk(folder):
-        for name in filter(is_temporary, names):
+        for name in names:
+            if (parts := _TEMPORARY.fullmatch(name)) is None:
+                continue
             path = Path(place, name)
-            host, pid, start = [*name.partition(".tmp.")[2].split("."), "", "", ""][:3]
             try:
                 old = time.time() - path.stat().st_mtime > DAY
-                gone = host == host_name() and pid.isdigit() and process_start(pid) != start.partition("-")[0]
+                gone = parts["host"] == host_name() and process_start(parts["pid"]) != parts["start"]
                 if old or gone:
                     path.unlink()
                     removed += 1

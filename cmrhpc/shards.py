@@ -11,13 +11,15 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,8 +86,11 @@ class Shard(Header):
         """One dataset, or its `rows` along the first axis. Raises BadInput when the shard has none of that name."""
         if name not in self.shapes:
             raise BadInput(f'no dataset "{name}"', str(self.path), f"it holds {', '.join(self.names)}")
-        with _opened(self.path) as file:
-            return np.asarray(file[name][rows])
+        try:
+            with _opened(self.path) as file:
+                return np.asarray(file[name][rows])
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # the kinds that h5py raises
+            raise _refused(self.path, f'"{name}" cannot be read: {error}'[:200]) from None
 
     def strings(self, name: str) -> list[str]:
         """A dataset of fixed-length bytes as text."""
@@ -160,38 +165,50 @@ def write_shard(
         "inputs": dict(inputs),
         "attributes": content_attributes,
     }
-    with files.atomic_path(path) as temporary:
-        hashes = _write_datasets(temporary, datasets)
-        content = content_hash(header, hashes)
-        told: dict[str, Any] = header | {
-            "settings": dict(settings),
-            "content_sha256": content,
-            "data_sha256": hashes,
-            "files": {names[ending]: sha256_of(data) for ending, data in companions.items()},
-            "attributes": sorted(content_attributes),
-        }
-        told |= {name: canonical(value) for name, value in content_attributes.items()}
-        told |= _provenance() | dict(info or {})
-        _write_header(temporary, told)
-        _stamp(temporary)
-        for ending, data in companions.items():
-            files.atomic_write(path.with_suffix(ending), data)
-    _settle_companions(path, told["files"], companions)
+    with contextlib.ExitStack() as stack:
+        with files.atomic_path(path) as temporary:
+            hashes = _write_datasets(temporary, datasets)
+            content = content_hash(header, hashes)
+            told: dict[str, Any] = header | {
+                "settings": dict(settings),
+                "content_sha256": content,
+                "data_sha256": hashes,
+                "files": {names[ending]: sha256_of(data) for ending, data in companions.items()},
+                "attributes": sorted(content_attributes),
+            }
+            told |= {name: canonical(value) for name, value in content_attributes.items()}
+            told |= _provenance() | dict(info or {})
+            _write_header(temporary, told)
+            _stamp(temporary)
+            written = stack.enter_context(open(temporary, "rb"))
+            for ending, data in companions.items():
+                files.atomic_write(path.with_suffix(ending), data)
+        _settle(path, written, companions)
     return content
 
 
-def _settle_companions(path: Path, told: Mapping[str, str], companions: Mapping[str, bytes]) -> None:
-    """Two processes may write the same shard at once, and their logs differ: ours, if the shard is ours, come last.
+def _settle(path: Path, written: IO[bytes], companions: Mapping[str, bytes]) -> None:
+    """Two processes may write the same shard at once, and their logs differ: leave a shard with its own companions.
 
-    Whoever renames its shard last looks here after all companions were written, so the pair that stays agrees.
+    Nobody goes before it saw, after all that it wrote, that they agree; so whoever writes last has seen it. Who sees
+    that they do not writes its own again, all of them; `written` is our shard, even when it has been replaced.
     """
-    for _ in range(10):
-        with contextlib.suppress(BadInput, OSError):
-            there = read_header(path)
-            if there.files != told or not check_companions(there, path.parent):
-                return
-        for ending, data in companions.items():
-            files.atomic_write(path.with_suffix(ending), data)
+    for attempt in range(20):
+        if _agree(path):
+            return
+        time.sleep(random.uniform(0, 0.1 * (attempt + 1)))  # the other process may be about to mend it
+        if not _agree(path):
+            for ending, data in companions.items():
+                files.atomic_write(path.with_suffix(ending), data)
+            with files.atomic_path(path) as temporary, open(temporary, "wb") as stream:
+                written.seek(0)
+                shutil.copyfileobj(written, stream)
+
+
+def _agree(path: Path) -> bool:
+    with contextlib.suppress(BadInput, OSError):
+        return not check_companions(read_header(path), path.parent)
+    return False
 
 
 def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> dict[str, str]:
@@ -338,7 +355,9 @@ def _check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
             raise _refused(path, f'"{name}" keeps its data elsewhere')
         if (kind.kind != "S" and kind.str[1:] not in _KINDS) or kind.itemsize == 0:
             raise _refused(path, f'"{name}" has the type {kind}')
-        if data.chunks is not None or data.nbytes > min(size, MAX_DATASET_BYTES):
+        if data.shape is None:
+            raise _refused(path, f'"{name}" has no shape')
+        if data.chunks is not None or max((data.nbytes, *data.shape)) > min(size, MAX_DATASET_BYTES):
             raise _refused(path, f'"{name}" declares {data.nbytes} bytes in a file of {size}')
         shapes[name] = data.shape
     return shapes
@@ -417,15 +436,22 @@ def read_header(path: Path) -> Header:
 def check_content(shard: Shard) -> str:
     """Hash every dataset again; empty when all agree, otherwise what does not. For `verify`."""
     for name, told in shard.data_sha256.items():
-        with _opened(shard.path) as file:
-            data = file[name]
-            digest = hashlib.sha256(f"{data.dtype.str}{tuple(data.shape)}".encode())
-            step = max(1, _CHUNK // max(1, data.nbytes // max(1, len(data))))
-            for row in range(0, len(data), step):
-                digest.update(np.ascontiguousarray(data[row : row + step]).data)
-        if digest.hexdigest() != told:
+        try:
+            with _opened(shard.path) as file:
+                digest = _dataset_digest(file[name])
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            return f'dataset "{name}" cannot be read: {error}'[:200]
+        if digest != told:
             return f'dataset "{name}" does not agree with its hash'
     return ""
+
+
+def _dataset_digest(data: h5py.Dataset) -> str:
+    digest = hashlib.sha256(f"{data.dtype.str}{tuple(data.shape)}".encode())
+    step = max(1, _CHUNK // max(1, data.nbytes // max(1, len(data))))
+    for row in range(0, len(data), step):
+        digest.update(np.ascontiguousarray(data[row : row + step]).data)
+    return digest.hexdigest()
 
 
 def check_companions(shard: Header, folder: Path) -> list[tuple[str, str]]:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cmrhpc import shards
+from cmrhpc import seal, shards
 from cmrhpc.errors import CmrhpcError
-from cmrhpc.plan import COHORT, FOLDS
-from cmrhpc.workspace import Judge, Workspace, damage
+from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES
+from cmrhpc.workspace import Judge, Workspace
 
 
 @dataclass
 class Verdict:
-    """digest: sha256 over the content hashes of all sound shards in path order. damaged, leaks: one line each."""
+    """digest: sha256 over the content hashes, in path order, of all sound shards that the study asks for.
+
+    damaged, leaks: one line each.
+    """
 
     digest: str = ""
     damaged: list[str] = field(default_factory=list)
@@ -27,31 +30,52 @@ class Verdict:
 
 
 def verify(workspace: Workspace) -> Verdict:
-    """Check every shard with its companions, whether it is the one that the study asks for, and every leak."""
+    """Check every shard with its companions, whether it is the one that the study asks for, and every leak.
+
+    Also the report against its seal, and the frozen task lists. Logs, which only grow, are not checked.
+    """
     result = Verdict()
-    judge = Judge(workspace)
+    judge = Judge(workspace, check=True)
     present = workspace.listing()
     sound: dict[str, shards.Shard] = {}
     for name in sorted(present):
-        path = workspace.path(name)
         result.shards += 1
-        wrong = damage(path)
-        if not wrong:
-            shard = shards.read_shard(path)
+        asked = name in judge.makers or name == COHORT
+        try:
+            shard = shards.read_shard(workspace.path(name))
             result.files += 1 + len(shard.files)
-            wrong = shards.check_content(shard)
-            if not wrong and (name in judge.makers or name == COHORT):
+            companions = shards.check_companions(shard, workspace.path(name).parent)
+            wrong = "; ".join(f"{file}: {what}" for file, what in companions) or shards.check_content(shard)
+            if asked and not wrong and judge.verdict(name) and name not in judge.blocked:
                 wrong = judge.verdict(name)
-            if not wrong:
-                sound[name] = shard
+        except CmrhpcError as error:
+            wrong = error.what
+        if not wrong and asked:
+            sound[name] = shard
         if wrong:
             result.damaged.append(f"{name}: {wrong}")
     expected = [COHORT, *(o for o in judge.makers if o.endswith(".h5"))]
     result.missing = sum(name not in present for name in expected)
     hashes = "".join(sound[name].content_sha256 for name in sorted(sound))
     result.digest = hashlib.sha256(hashes.encode()).hexdigest()
+    result.damaged += _other_files(workspace)
     result.leaks = list(_leaks(sound))
     return result
+
+
+def _other_files(workspace: Workspace) -> Iterator[str]:
+    """What is wrong with the report and the task lists."""
+    report = workspace.path(REPORT)
+    for line in seal.damage(report):
+        yield f"report/{line}"
+    told = seal.read(report)
+    if told and told["sources"].get("study") != shards.sha256_of(workspace.study.to_json()):
+        yield "study.toml: changed since the report was made"
+    for stage in STAGES:
+        try:
+            workspace.tasks(stage)
+        except CmrhpcError as error:
+            yield f"{error.where}: {error.what}"
 
 
 def _leaks(sound: dict[str, shards.Shard]) -> Iterator[str]:
@@ -59,10 +83,14 @@ def _leaks(sound: dict[str, shards.Shard]) -> Iterator[str]:
     if COHORT not in sound or FOLDS not in sound:
         return
     cohort, folds = sound[COHORT], sound[FOLDS]
-    patient_of = dict(zip(cohort.strings("id"), cohort.strings("patient"), strict=True))
+    try:
+        patient_of = dict(zip(cohort.strings("id"), cohort.strings("patient"), strict=True))
+        real = _image_hashes(cohort)
+    except (ValueError, CmrhpcError) as error:
+        yield f"{COHORT}: it is no cohort ({error})"
+        return
     by_image = folds.attributes.get("group_by") == "image"
     group_of = {i: i for i in patient_of} if by_image else patient_of
-    real = _image_hashes(cohort)
     for name, shard in sound.items():
         task = shard.task
         if "fold" not in task:
@@ -85,5 +113,4 @@ def _leaks(sound: dict[str, shards.Shard]) -> Iterator[str]:
 
 
 def _image_hashes(shard: shards.Shard) -> set[bytes]:
-    images = np.ascontiguousarray(shard["image"])
-    return {hashlib.sha256(image.tobytes()).digest() for image in images}
+    return {hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in shard["image"]}

@@ -2,26 +2,31 @@
 
 Truth lives in the shards. `index.json` only remembers what was read from them: each entry is keyed by path and inode
 number, both of which a folder listing gives without touching the file, and a replaced shard has a new inode. It can
-be deleted at any time. The task list of a stage is frozen in `tasks/STAGE/`: segments that are only ever added.
+be deleted at any time, and whoever computes or verifies does not believe it. The task list of a stage is frozen in
+`tasks/STAGE/`: segments that are only ever added. These files carry their own sha256.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cmrhpc import files, shards
+from cmrhpc import files, seal, shards
 from cmrhpc import plan as planning
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, Task
 from cmrhpc.study import Study, load_study
 
 SHARD_FOLDERS = ("synthetic", "refined", "predictions")
+_SEGMENT = re.compile(r"(\d{4})\.json")
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # as JSON
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,15 @@ class Workspace:
     def checkpoint_folder(self, task: Task) -> Path:
         return self.root / "checkpoints" / task.output.removesuffix(".h5")
 
+    def clear_checkpoints(self, task: Task) -> None:
+        """Remove what a task that is done left behind when it was killed right before its end."""
+        folder = self.checkpoint_folder(task)
+        if folder.is_dir() and not folder.is_symlink():
+            for path in folder.glob("step*"):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies in it
+                folder.rmdir()
+
     def log_path(self, stage: str, index: int) -> Path:
         return self.root / "logs" / f"{stage}_{index}.log"
 
@@ -88,27 +102,27 @@ class Workspace:
             raise BadInput(f'unknown stage "{stage}"', "", f"stages: {', '.join(STAGES)}")
         asked = planning.tasks(self.study, stage)
         while True:
-            frozen, segments = self._frozen(stage)
+            frozen, last = self._frozen(stage)
             known = {task.output for task in frozen}
             new = [task for task in asked if task.output not in known]
             if not new:
                 return frozen
-            text = json.dumps([task.to_json() for task in new], indent=0)
-            if files.create_once(self.root / "tasks" / stage / f"{segments + 1:04d}.json", text):
+            values = [task.to_json() for task in new]
+            text = json.dumps([*values, {"sha256": shards.sha256_of(values)}], indent=0)
+            if files.create_once(self.root / "tasks" / stage / f"{last + 1:04d}.json", text):
                 return frozen + new
 
     def _frozen(self, stage: str) -> tuple[list[Task], int]:
         folder = self.root / "tasks" / stage
-        names = sorted(n for n in os.listdir(folder) if n.endswith(".json")) if folder.is_dir() else []
-        names = [name for name in names if not files.is_temporary(name)]
+        names = sorted(filter(_SEGMENT.fullmatch, os.listdir(folder))) if folder.is_dir() else []
         found: list[Task] = []
         for name in names:
             try:
-                found += [Task.from_json(values) for values in json.loads((folder / name).read_text())]
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                where = str(folder / name)
-                raise BadInput(f"damaged task list: {error}", where, "restore it, or start a new workspace") from None
-        return found, len(names)
+                found += [Task.from_json(values) for values in _read_segment(folder / name)]
+            except _UNREADABLE as error:
+                mend = "restore it; or, when no job of this study is queued, remove it: it is made again"
+                raise BadInput(f"damaged task list: {error}", str(folder / name), mend) from None
+        return found, int(names[-1][:4]) if names else 0
 
     def wanted(self, stage: str) -> set[str]:
         """Outputs that the study asks for now."""
@@ -143,22 +157,26 @@ class Workspace:
         path = self.root / "index.json"
         try:
             stored = json.loads(path.read_text())
-            old = {name: Entry(*values) for name, values in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            if stored["sha256"] != shards.sha256_of(stored["shards"]):
+                raise ValueError("its checksum does not hold")
+            old = {name: Entry(*values) for name, values in stored["shards"].items()}
+        except _UNREADABLE:
             old = {}
         now: dict[str, Entry] = {}
         for name, inode in self.listing().items():
             entry = old.get(name)
             if entry is None or entry.inode != inode:
-                entry = self._read_entry(name, inode)
+                entry = self.read_entry(name, inode)
             if entry is not None:
                 now[name] = entry
-        if now != old and os.access(self.root, os.W_OK):
-            text = json.dumps({name: dataclasses.astuple(entry) for name, entry in now.items()})
-            files.atomic_write(path, text)
+        if now != old:
+            entries = {name: dataclasses.astuple(entry) for name, entry in now.items()}
+            with contextlib.suppress(BadInput):  # it only saves time: a full or read-only disk stops no `status`
+                files.atomic_write(path, json.dumps({"shards": entries, "sha256": shards.sha256_of(entries)}))
         return now
 
-    def _read_entry(self, name: str, inode: int) -> Entry | None:
+    def read_entry(self, name: str, inode: int = 0) -> Entry | None:
+        """What a shard says of itself, from its file; None when it is damaged or missing."""
         try:
             header = shards.read_header(self.path(name))
         except (CmrhpcError, OSError):
@@ -178,12 +196,17 @@ class Workspace:
 
 
 class Judge:
-    """Judges outputs against the study, each once: valid while settings, seed and input contents are as asked."""
+    """Judges outputs against the study, each once: valid while settings, seed and input contents are as asked.
+
+    check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
+    onto a shard (same inode) would not change.
+    """
 
     def __init__(self, workspace: Workspace, check: bool = False):
         self.workspace, self.study, self.check = workspace, workspace.study, check
         self.index = workspace.index()
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
+        self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
         self.hashes: dict[str, str] = {}
         self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
 
@@ -199,10 +222,19 @@ class Judge:
 
     def reason(self, task: Task) -> str:
         if task.stage == "ingest":
-            return self.verdict(COHORT) or self.verdict(FOLDS)
+            return self.whole(COHORT) or self.whole(FOLDS)
         if task.stage == "aggregate":
             return self._report_reason()
-        return self.verdict(task.output)
+        return self.whole(task.output)
+
+    def whole(self, output: str) -> str:
+        """As `verdict`, and with `check` for its companions too, which nobody who reads the shard needs."""
+        wrong = self.verdict(output)
+        if not wrong and self.check:
+            path = self.workspace.path(output)
+            found = shards.check_companions(shards.read_header(path), path.parent)
+            wrong = "; ".join(f"{name}: {what}" for name, what in found)
+        return wrong
 
     def verdict(self, output: str) -> str:
         if output not in self.verdicts:
@@ -212,10 +244,18 @@ class Judge:
     def _judge(self, output: str) -> str:
         task = Task("ingest") if output == COHORT else self.makers[output]
         entry = self.index.get(output)
+        if self.check:
+            file = self.workspace.path(output)
+            if file.resolve() != self.workspace.root.resolve() / output:
+                return "it is reached through a link, which is not followed"
+            wrong = shards.damage_of(file)
+            entry = None if wrong else self.workspace.read_entry(output)
+            if wrong and wrong != "missing":
+                return f"damaged: {wrong}"
+            if entry:
+                self.index[output] = entry
         if entry is None:
             return "missing"
-        if self.check and (wrong := damage(self.workspace.path(output))):
-            return f"damaged: {wrong}"
         settings = planning.settings(self.study, task, output)
         key = shards.canonical(settings)
         if entry.settings_sha256 != self.hashes.setdefault(key, shards.sha256_of(settings)):
@@ -231,6 +271,7 @@ class Judge:
             return "it reads other shards now"
         for path in asked:
             if self.verdict(path):
+                self.blocked.add(output)
                 return f"input {path} is to be made first ({self.verdict(path)})"
             if self.index[path].content_sha256 != entry.inputs[path]:
                 return f"input {path} changed"
@@ -254,24 +295,14 @@ class Judge:
         return ""
 
     def _report_reason(self) -> str:
-        try:
-            told = json.loads((self.workspace.root / REPORT).read_text())
-        except (OSError, ValueError):
+        report = self.workspace.path(REPORT)
+        if (told := seal.read(report)) is None:
             return "missing"
-        now = report_sources(self)
-        return "" if told == now else "predictions, images or the study changed since the report"
-
-
-def damage(path: Path) -> str:
-    """Empty when a shard and all its companions hold their checksums, otherwise what is wrong, in words."""
-    wrong = shards.damage_of(path)
-    if wrong:
-        return wrong
-    try:
-        header = shards.read_header(path)
-    except CmrhpcError as error:
-        return error.what
-    return "; ".join(f"{name}: {what}" for name, what in shards.check_companions(header, path.parent))
+        if self.check and (wrong := seal.damage(report)):
+            return f"damaged: {wrong[0]}"
+        if told["sources"] != report_sources(self):
+            return "predictions, images or the study changed since the report"
+        return ""
 
 
 def report_sources(judge: Judge) -> dict[str, str]:
@@ -280,6 +311,14 @@ def report_sources(judge: Judge) -> dict[str, str]:
         out: judge.index[out].content_sha256 for out in judge.makers if out in judge.index and not judge.verdict(out)
     }
     return valid | {"study": shards.sha256_of(judge.study.to_json())}
+
+
+def _read_segment(path: Path) -> list[dict[str, Any]]:
+    """The tasks of one segment. Its last element is the sha256 of the others."""
+    *values, told = json.loads(path.read_text())
+    if told != {"sha256": shards.sha256_of(values)}:
+        raise ValueError("its checksum does not hold")
+    return values
 
 
 def settings_changes(old: Any, new: Any, path: str = "") -> list[str]:

@@ -56,7 +56,7 @@ batch = 4
 validate_every = 1
 [compute]
 threads = 1
-checkpoint_seconds = 0
+checkpoint_seconds = 600
 [[arms]]
 name = "none"
 [[arms]]

@@ -56,6 +56,8 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     todo = [s for stage in STAGES for s in states[stage] if not s.done]
     if any(s.task.stage in ("synthesize", "refine", "classify") for s in todo) and not torch_there:
         raise BadInput("torch is not installed", "", "pip install 'cmrhpc[train]', or run where it is installed")
+    for finished in (s.task for stage in STAGES for s in states[stage] if s.done):
+        workspace.clear_checkpoints(finished)
     # A report that is out of date only because its predictions are about to change is made at the end.
     if not todo:
         return summary
@@ -172,7 +174,6 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
     """One task in its own process: everything it prints goes to its log."""
     from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
 
-    workspace = Workspace(root)
     request = StopRequest()
     last, parent = 0.0, os.getppid()
 
@@ -189,10 +190,12 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
             if os.getppid() != parent:  # the run that started this task is gone
                 request.number = request.number or signal.SIGTERM
 
-    with stop_on_signals(request), open_log(workspace, stage, index):
+    with stop_on_signals(request), contextlib.ExitStack() as log:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the run passes it on
-        records.write_record(workspace, stage, index, records.RUNNING)
         try:
+            workspace = Workspace(root)
+            log.enter_context(open_log(workspace, stage, index))
+            records.write_record(workspace, stage, index, records.RUNNING)
             message = run_task(workspace, stage, index, progress, request)
             print(message)
             records.write_record(workspace, stage, index, records.DONE, message)
@@ -215,21 +218,30 @@ def open_log(workspace: Workspace, stage: str, index: int) -> Any:
     """Send stdout and stderr of this process, C libraries included, to the task's log."""
     path = workspace.log_path(stage, index)
     files.make_folder(path.parent)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o660)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise files.explain(error, path) from error
     with contextlib.suppress(OSError):
         files.set_permissions(path)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     saved = os.dup(1), os.dup(2)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     try:
-        print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stage, index, flush=True)
+        print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stage, index)
+        _flush()
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         for number in (*saved, handle):
             os.close(number)
+
+
+def _flush() -> None:
+    """What is printed goes out; a full disk loses lines of a log and no result."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()

@@ -5,6 +5,7 @@ For people; truth lives in the shards.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cmrhpc import files
+from cmrhpc.errors import BadInput
 from cmrhpc.workspace import Workspace
 
 RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped"
@@ -40,13 +42,17 @@ def record_path(workspace: Workspace, stage: str, index: int) -> Path:
 
 
 def write_record(workspace: Workspace, stage: str, index: int, state: str, reason: str = "") -> None:
+    """Note the state; a file system that refuses fails no task by that."""
     record = Record(state, reason, files.host_name(), os.getpid(), files.process_start(), time.time())
-    files.atomic_write(record_path(workspace, stage, index), json.dumps(asdict(record)))
+    with contextlib.suppress(BadInput):
+        files.atomic_write(record_path(workspace, stage, index), json.dumps(asdict(record)))
 
 
 def read_record(path: Path) -> Record | None:
     """The record, or None where there is none that can be read."""
     try:
-        return Record(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        record = Record(**json.loads(path.read_text()))
+        right = isinstance(record.pid, int) and isinstance(record.time, int | float) and isinstance(record.reason, str)
+        return record if right else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None

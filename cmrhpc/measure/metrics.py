@@ -108,11 +108,10 @@ def auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray | None = No
 
 def roc(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Corners of the ROC curve from (0, 0) to (1, 1): share of negatives, share of positives at or above a score."""
-    positive, score = np.asarray(positive, bool), np.asarray(score, float)
-    order = np.argsort(-score, kind="stable")
-    last = np.flatnonzero(np.r_[np.diff(score[order]) < 0, True])  # last of each group of equal scores
-    up, down = np.cumsum(positive[order])[last], np.cumsum(~positive[order])[last]
-    return np.r_[0, down / down[-1]], np.r_[0, up / up[-1]]
+    from sklearn.metrics import roc_curve
+
+    negatives, positives, _ = roc_curve(np.asarray(positive, bool), score, drop_intermediate=False)
+    return negatives, positives
 
 
 def clustered_auc(positive: np.ndarray, score: np.ndarray, owner: np.ndarray, weights: np.ndarray) -> np.ndarray:

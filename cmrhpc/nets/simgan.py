@@ -74,6 +74,7 @@ def simgan_pair(channels: int, width: int, generator: torch.Generator) -> tuple[
         r.conv_in.weight[:channels] = 0.0
         r.conv_in.weight[:channels, :, 1, 1] = own
         for block in r.blocks:
+            assert isinstance(block, SimResidual)
             block.conv2.weight *= 0.1
         r.conv_out.weight *= 0.1
         r.conv_out.weight[:, :channels, 0, 0] = 1.2 * own  # tanh flattens the ends: 1.2 is nearest over [-1, 1]

@@ -187,7 +187,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     written = sorted(str(cell.shard.info.get("written", "")) for cell in cells)
     seconds = [cell.shard.info.get("seconds") for cell in cells]
     spent = sum(s for s in seconds if isinstance(s, int | float))
-    used = ("numpy", "scipy", "scikit-learn", "statsmodels", "h5py", "matplotlib")
+    used = ("numpy", "scipy", "scikit-learn", "h5py", "matplotlib")
     versions = ", ".join(f"{name} {_version(name)}" for name in used)
     inputs = {path: value for cell in cells[:1] for path, value in cell.shard.inputs.items() if path.count("/") == 0}
     return [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from cmrhpc import files
+from cmrhpc import seal
 from cmrhpc.plan import REPORT
 from cmrhpc.report.aggregate import AggregateResult, aggregate
 from cmrhpc.workspace import Judge, Workspace, report_sources
@@ -22,5 +21,5 @@ def aggregate_folder(root: Path) -> AggregateResult:
     result = aggregate(Path(root))
     if (Path(root) / "study.toml").is_file():
         workspace = Workspace(root)
-        files.atomic_write(workspace.path(REPORT), json.dumps(report_sources(Judge(workspace)), indent=0))
+        seal.write(workspace.path(REPORT), report_sources(Judge(workspace, check=True)))
     return result

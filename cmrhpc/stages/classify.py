@@ -116,6 +116,6 @@ def classify(context: Context) -> None:
         },
         companions={".jsonl": log.text().encode()},
         # For reading this folder alone; not content, because other settings of the study do not decide this result.
-        info={"device": str(device), "study": shards.canonical(study.to_json())},
+        info={"device": str(device), "study": shards.canonical(study.to_share())},
     )
     checkpoints(context, log).clear()

@@ -99,11 +99,10 @@ def run_task(
     task = tasks[index]
     if task.output not in workspace.wanted(stage):
         return f"{task.title}: the study no longer asks for this task; nothing to do"
-    judge = Judge(workspace)
+    judge = Judge(workspace, check=True)
     if not judge.reason(task):
-        judge = Judge(workspace, check=True)  # done, says the index: believe it only when its files hold
-        if not judge.reason(task):
-            return f"{task.title}: already done"
+        workspace.clear_checkpoints(task)
+        return f"{task.title}: already done"
     files.remove_stale(workspace.path(task.output).parent)
     if stage == "ingest":
         from cmrhpc.stages.ingest import run_ingest

@@ -16,9 +16,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 def cmrhpc(*arguments: str | Path, check: bool = True, **more: object) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cmrhpc.cli", *map(str, arguments)], capture_output=True, text=True, timeout=500, **more
-    )  # type: ignore[call-overload]
+    command = [sys.executable, "-m", "cmrhpc.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **({"timeout": 500} | more))  # type: ignore[call-overload]
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}: {done.stdout}\n{done.stderr}")
     return done

@@ -68,7 +68,8 @@ def test_arms_share_their_real_images_and_ratios_are_nested(finished: Path) -> N
     def shard(arm: str, ratio: int) -> object:
         return read_shard(finished / f"predictions/{arm}/ratio{ratio}/resnet50/fold0_repeat0.h5")
 
-    shards = [shard("none", 0), shard("affine", 0), shard("dae-gan", 1), shard("dae-gan", 2), shard("dae-gan+simgan", 2)]
+    cells = [("none", 0), ("affine", 0), ("dae-gan", 1), ("dae-gan", 2), ("dae-gan+simgan", 2)]
+    shards = [shard(arm, ratio) for arm, ratio in cells]
     assert len({tuple(s.strings("train_id")) for s in shards}) == 1
     n = len(shards[0].strings("train_id"))
     assert [s.attributes["n_train_added"] for s in shards] == [0, 0, n, 2 * n, 2 * n]

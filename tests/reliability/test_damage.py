@@ -1,0 +1,222 @@
+"""Whatever is changed behind our back is found by verify, and a run then makes exactly the damaged part again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmrhpc import plan as planning
+from cmrhpc import shards
+from cmrhpc.plan import STAGES
+from cmrhpc.stages.task import run_task
+from cmrhpc.verify import verify
+from cmrhpc.workspace import Workspace
+from tests.reliability.conftest import cmrhpc, copy_of, digest
+
+SYNTHETIC = "synthetic/dae-gan/fold0_repeat0_class0"
+REFINED = "refined/simgan/dae-gan/fold1_repeat0_class1"
+PREDICTION = "predictions/none/ratio0/resnet50/fold0_repeat0"
+
+
+def flip(path: Path, place: float, bit: int = 3) -> None:
+    """Change one bit in place: the file keeps its inode, so no listing can tell."""
+    with open(path, "r+b") as stream:
+        position = int(place * (path.stat().st_size - 1))
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1 << bit]))
+
+
+def damaged(root: Path) -> list[str]:
+    found = verify(Workspace(root))
+    assert found.leaks == []
+    return found.damaged
+
+
+def to_do(root: Path) -> list[str]:
+    """Outputs that a run would look at again."""
+    states = Workspace(root).states(check=True)
+    return [state.task.output for stage in STAGES for state in states[stage] if not state.done]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cohort.h5", "cohort.csv", "cohort.png", "folds.h5", f"{SYNTHETIC}.h5", f"{SYNTHETIC}.safetensors",
+        f"{SYNTHETIC}.jsonl", f"{SYNTHETIC}.png", f"{REFINED}.h5", f"{REFINED}.safetensors", f"{PREDICTION}.h5",
+        f"{PREDICTION}.jsonl", "report/table.csv", "report/index.html", "report/figures/accuracy.png",
+        "report/sources.json", "tasks/synthesize/0001.json",
+    ],
+)  # fmt: skip
+def test_a_flipped_bit_and_a_cut_are_found_in_every_kind_of_file(undisturbed: Path, copied: Path, name: str) -> None:
+    rng = np.random.default_rng(sum(name.encode()))
+    changes = [
+        lambda path, place=place: flip(path, place, int(rng.integers(8))) for place in (0.0, *rng.random(3), 1.0)
+    ]
+    changes += [lambda path: os.truncate(path, path.stat().st_size - 1), lambda path: os.truncate(path, 0)]
+    for change in changes:
+        change(copied / name)
+        assert any(Path(name).name in line for line in damaged(copied)), name
+        shutil.copy(undisturbed / name, copied / name)
+    assert damaged(copied) == []
+
+
+def test_a_removed_companion_or_report_file_is_found(copied: Path) -> None:
+    (copied / f"{SYNTHETIC}.safetensors").unlink()
+    (copied / "report/table.csv").unlink()
+    assert damaged(copied) == [
+        f"{SYNTHETIC}.h5: fold0_repeat0_class0.safetensors: missing",
+        "report/table.csv: missing",
+    ]
+
+
+def test_shards_that_were_swapped_by_copying_are_found_although_their_inodes_stay(copied: Path) -> None:
+    Workspace(copied).index()
+    a, b = copied / f"{PREDICTION}.h5", copied / PREDICTION.replace("fold0", "fold1")
+    b = b.with_suffix(".h5")
+    one, two = a.read_bytes(), b.read_bytes()
+    a.write_bytes(two)
+    b.write_bytes(one)
+    lines = damaged(copied)
+    assert [line.partition(": ")[0] for line in lines] == [f"{PREDICTION}.h5", str(b.relative_to(copied))]
+    assert to_do(copied)[:2] == [f"{PREDICTION}.h5", str(b.relative_to(copied))]
+
+
+@pytest.mark.parametrize(("change", "reason"), [("seed", "seed changed"), ("settings", "generations: 3 -> 2")])
+def test_a_shard_of_another_study_or_seed_is_found(copied: Path, tmp_path: Path, change: str, reason: str) -> None:
+    other = copy_of(copied, tmp_path / "other")
+    text = (other / "study.toml").read_text()
+    replaced = ("seed = 7", "seed = 8") if change == "seed" else ("generations = 3", "generations = 2")
+    (other / "study.toml").write_text(text.replace(*replaced))
+    if change == "seed":
+        run_task(Workspace(other), "ingest", 0)
+    run_task(Workspace(other), "synthesize", 0)
+    for ending in (".h5", ".safetensors", ".jsonl", ".png"):
+        (copied / f"{SYNTHETIC}{ending}").write_bytes((other / f"{SYNTHETIC}{ending}").read_bytes())
+    (line,) = damaged(copied)
+    told = "seed changed" if change == "seed" else "generations: 2 -> 3"
+    assert line.startswith(f"{SYNTHETIC}.h5: ")
+    assert told in line
+    assert SYNTHETIC + ".h5" in to_do(copied)
+    # Seen from the other study, everything that the change decides is foreign.
+    assert all(reason in line for line in damaged(other) if line.startswith("synthetic"))
+
+
+def test_an_edited_study_is_found(copied: Path) -> None:
+    text = (copied / "study.toml").read_text()
+    (copied / "study.toml").write_text(text.replace("buffer = 8", "buffer = 9"))
+    lines = damaged(copied)
+    assert len([line for line in lines if "refiner.buffer: 8 -> 9" in line]) == 4
+    assert lines[-1] == "study.toml: changed since the report was made"
+    (copied / "study.toml").write_text(text.replace("ratios = [1]", "ratios = [0, 1]"))
+    assert damaged(copied) == ["study.toml: changed since the report was made"]
+    (copied / "study.toml").write_text(text.replace("[folds]", "[fo1ds]"))
+    assert cmrhpc("verify", copied, check=False).returncode == 3
+
+
+def forge(root: Path, name: str, **changes: np.ndarray) -> None:
+    """The shard again with other datasets, hashes and stamp right: only what it says can give it away."""
+    shard = shards.read_shard(root / name)
+    shards.write_shard(
+        root / name,
+        {dataset: shard[dataset] for dataset in shard.names} | changes,
+        schema=shard.schema,
+        task=shard.task,
+        settings=shard.settings,
+        inputs=shard.inputs,
+        seed=shard.seed,
+        attributes=shard.attributes,
+        companions={Path(file).suffix: (root / name).with_name(file).read_bytes() for file in shard.files},
+        info=shard.info,
+    )
+
+
+def test_a_planted_leak_is_found_and_is_exit_5(copied: Path) -> None:
+    folds = shards.read_shard(copied / "folds.h5")
+    tested = folds["repeat0_fold0_test"]
+    train = shards.read_shard(copied / f"{PREDICTION}.h5")["train_id"].copy()
+    train[0] = tested[0]
+    forge(copied, f"{PREDICTION}.h5", train_id=train)
+    found = verify(Workspace(copied))
+    assert len(found.leaks) == 1
+    assert found.leaks[0].startswith(f"{PREDICTION}.h5: patients p0")
+    assert "are in training and in test" in found.leaks[0]
+    done = cmrhpc("verify", copied, check=False)
+    assert done.returncode == 5
+    assert found.leaks[0] in done.stdout
+    assert "1 leaks" in done.stderr
+
+
+def test_a_leak_into_a_generator_and_copies_of_real_images_are_found(copied: Path) -> None:
+    folds, cohort = shards.read_shard(copied / "folds.h5"), shards.read_shard(copied / "cohort.h5")
+    forge(copied, f"{SYNTHETIC}.h5", train_id=folds["repeat0_fold0_test"])
+    image = shards.read_shard(copied / f"{REFINED}.h5")["image"].copy()
+    image[1] = cohort["image"][4]
+    forge(copied, f"{REFINED}.h5", image=image)
+    leaks = verify(Workspace(copied)).leaks
+    assert sorted(line.partition(": ")[0] for line in leaks) == [f"{REFINED}.h5", f"{SYNTHETIC}.h5"]
+    assert leaks[0].endswith("1 images are bit-for-bit copies of real ones") or leaks[1].endswith("copies of real ones")
+
+
+def test_predictions_that_test_other_images_than_their_fold_are_found(copied: Path) -> None:
+    shard = shards.read_shard(copied / f"{PREDICTION}.h5")
+    ids = shard["id"].copy()
+    ids[0] = shard["train_id"][0]
+    forge(copied, f"{PREDICTION}.h5", id=ids)
+    assert any("does not test the images of its fold" in line for line in verify(Workspace(copied)).leaks)
+
+
+def test_a_shard_that_the_study_does_not_ask_for_changes_no_digest(undisturbed: Path, copied: Path) -> None:
+    extra = copied / "predictions/affine/ratio0/resnet50/fold0_repeat0.h5"
+    extra.parent.mkdir(parents=True)
+    shutil.copy(copied / f"{PREDICTION}.h5", extra)
+    shutil.copy(copied / f"{PREDICTION}.jsonl", extra.parent)
+    assert digest(copied) == digest(undisturbed)
+
+
+def test_a_run_makes_exactly_the_damaged_part_again(undisturbed: Path, copied: Path) -> None:
+    flip(copied / f"{SYNTHETIC}.h5", 0.5)
+    os.truncate(copied / f"{REFINED}.png", 10)
+    flip(copied / "report/table.csv", 0.5)
+    done = cmrhpc("verify", copied, check=False)
+    assert done.returncode == 5
+    assert len(done.stdout.splitlines()) == 5
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*.h5")}
+    cmrhpc("run", copied, "--jobs", "2", "--plain")
+    again = {path.relative_to(copied).as_posix() for path in before if path.stat().st_mtime_ns != before[path]}
+    assert again == {f"{SYNTHETIC}.h5", f"{REFINED}.h5"}
+    assert digest(copied) == digest(undisturbed)
+
+
+def test_links_to_shards_elsewhere_are_not_followed(undisturbed: Path, copied: Path) -> None:
+    for name in (f"{SYNTHETIC}.h5", "refined"):
+        path = copied / name
+        path.rename(path.with_name("aside"))
+        path.symlink_to(path.with_name("aside"))
+    assert {name for name in to_do(copied) if not name.startswith(("predictions", "report"))} == {
+        f"{SYNTHETIC}.h5",
+        *(f"refined/simgan/dae-gan/fold{fold}_repeat0_class{label}.h5" for fold in (0, 1) for label in (0, 1)),
+    }
+    assert verify(Workspace(copied)).missing == 5
+    run_task(Workspace(copied), "synthesize", 0)
+    assert not (copied / f"{SYNTHETIC}.h5").is_symlink()
+    assert shards.read_shard(copied / f"{SYNTHETIC}.h5").content_sha256 == (
+        shards.read_shard(undisturbed / f"{SYNTHETIC}.h5").content_sha256
+    )
+
+
+def test_a_hole_in_the_numbers_of_a_task_list_hangs_nothing(copied: Path) -> None:
+    text = (copied / "study.toml").read_text()
+    (copied / "study.toml").write_text(text + '[[arms]]\nname = "affine"\n')
+    assert len(Workspace(copied).tasks("classify")) == 6
+    (copied / "tasks/classify/0001.json").unlink()
+    (copied / "tasks/classify/notes.json").write_text("mine")
+    assert len(Workspace(copied).tasks("classify")) == 6
+    assert {t.output for t in Workspace(copied).tasks("classify")} == {
+        t.output for t in planning.tasks(Workspace(copied).study, "classify")
+    }
