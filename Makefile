@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 DEMO   := runs/demo
 
-.PHONY: demo test test-cluster test-slow bench lint clean
+.PHONY: demo test test-cluster test-slow lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/cmrhpc run $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and (not cluster or smoke)"
 
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m cluster

@@ -1,0 +1,78 @@
+#!/bin/bash
+# Build the image, as an ordinary user.
+#
+#   containers/build.sh                       cmrhpc.sif and its cmrhpc.sif.sha256, in the current folder
+#   containers/build.sh --torch 2.6           for GPUs from Maxwell to Volta
+#   containers/build.sh --output FILE.sif
+#   containers/build.sh --base IMAGE          another Debian 13, e.g. from a registry of the site
+#   containers/build.sh --pin                 look up the digest of the base image, write it to containers/base.pin, and
+#                                             stop; later builds start from exactly that image
+#   containers/build.sh -- OPTIONS            the rest goes to `apptainer build`
+#
+# pip inside uses the index, proxy and certificate that pip outside is configured for. The build unpacks in
+# APPTAINER_TMPDIR (else TMPDIR, else /tmp), which needs 10 GB free.
+set -euo pipefail
+here=$(dirname "$(readlink -f "$0")")
+fail() { printf '%s\n' "$@" >&2; exit 2; }
+
+output=$PWD/cmrhpc.sif
+torch=''
+base=''
+pin=no
+while [ $# -gt 0 ]; do
+    case $1 in
+        --torch) torch=$2; shift 2 ;;
+        --output) output=$(readlink -f "$2"); shift 2 ;;
+        --base) base=$2; shift 2 ;;
+        --pin) pin=yes; shift ;;
+        --) shift; break ;;
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        *) fail "unknown option $1; see $0 --help" ;;
+    esac
+done
+
+# Look the digest up with whichever registry client is there.
+if [ $pin = yes ]; then
+    image=${base:-$(sed -n 's/^ *base=//p' "$here/cmrhpc.def")}
+    if command -v skopeo > /dev/null; then
+        look_up=(skopeo inspect --format '{{.Digest}}' "docker://$image")
+    elif command -v crane > /dev/null; then
+        look_up=(crane digest "$image")
+    else
+        fail "--pin needs skopeo or crane to ask the registry"
+    fi
+    digest=$("${look_up[@]}") || fail "$image was not found in any registry in reach; nothing is pinned"
+    echo "$(sed -E 's#:[^/:]*$##' <<< "$image")@$digest" | tee "$here/base.pin"
+    exit 0
+fi
+
+# What differs from the definition's own arguments.
+arguments=(--build-arg "commit=$(git -C "$here" describe --always --dirty 2> /dev/null || echo unknown)")
+[ -n "$base" ] || [ ! -e "$here/base.pin" ] || base=$(cat "$here/base.pin")
+[ -z "$base" ] || arguments+=(--build-arg "base=$base")
+if [ -n "$torch" ]; then
+    [ -e "$here/requirements-torch$torch.txt" ] || fail "there is no lock for torch $torch" \
+        "  mend:  python3 containers/lock.py --torch $torch, with the Python of the image"
+    arguments+=(--build-arg "torch=$torch")
+fi
+
+# Room to unpack in.
+unpack=${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}
+free=$(df --output=avail --block-size=1G "$unpack" | tail -n 1)
+[ "$free" -ge 10 ] || fail "too little room to build in: $free GB free" "  where: $unpack" \
+    "  mend:  set APPTAINER_TMPDIR to a folder with 10 GB free, on a local disk"
+
+# Turn pip's settings into variables, which the definition passes on: files of this machine are not seen inside.
+if python3 -m pip --version > /dev/null 2>&1; then
+    while IFS='=' read -r key value; do
+        name=PIP_$(tr 'a-z-' 'A-Z_' <<< "${key##*.}")
+        value=${value#\'} value=${value%\'}
+        [ -n "${!name:-}" ] || export "$name=${value//\\n/ }"
+    done < <(python3 -m pip config list)
+fi
+
+cd "$here/.."
+apptainer build --force "${arguments[@]}" "$@" "$output.part" containers/cmrhpc.def || fail "the image was not built" \
+    "  mend:  where users may not build (no user namespaces), build on any Linux machine and copy the .sif and .sha256"
+mv "$output.part" "$output"
+(cd "$(dirname "$output")" && sha256sum "$(basename "$output")" | tee "$output.sha256")
