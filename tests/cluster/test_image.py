@@ -104,8 +104,8 @@ def test_base_is_pinned_to_what_a_registry_holds(node: Node) -> None:
     settings = (
         "{version: 0.1, storage: {filesystem: {rootdirectory: /var/lib/registry}}, http: {addr: 'localhost:5000'}}"
     )
-    node.run(["tee", "/root/registry.yml"], input=settings, user="root")
-    node.popen(["docker-registry", "serve", "/root/registry.yml"], user="root")
+    node.run(["tee", "/tmp/registry.yml"], input=settings, user="root")
+    node.popen(["docker-registry", "serve", "/tmp/registry.yml"], user="root")
     node.run("tar -cf layer.tar project; until exec 3<> /dev/tcp/localhost/5000; do sleep 0.1; done", timeout=30)
     policy = '{"default": [{"type": "insecureAcceptAnything"}]}'
     node.run(["tee", "/etc/containers/policy.json"], input=policy, user="root")
