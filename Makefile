@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 
 # The main job on a simulated cohort. Run it again: what is done is not done again.
 demo: $(READY)
-	test -d $(DEMO)/raw || $(BIN)/cmrhpc phantom $(DEMO)/raw --patients 40 --seed 1
+	test -d $(DEMO)/raw || $(BIN)/cmrhpc phantom $(DEMO)/raw --patients 80 --seed 1
 	test -f $(DEMO)/study.toml || $(BIN)/cmrhpc init $(DEMO) --study demo --raw $(DEMO)/raw
 	$(BIN)/cmrhpc run $(DEMO)
 

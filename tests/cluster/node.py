@@ -140,7 +140,7 @@ class Node:
         env: Mapping[str, str] | None = None,
         input: str | None = None,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = 300,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command (a list, or a line for bash) in the node and return its exit code and both outputs as text.
 
@@ -200,7 +200,7 @@ class Node:
             states[name] = field["JobState"]
         return states
 
-    def wait(self, job: str, timeout: float = 120, until: set[str] | None = None) -> set[str]:
+    def wait(self, job: str, timeout: float = 600, until: set[str] | None = None) -> set[str]:
         """Wait until every task of a job is in a final state (or in one of `until`); the states that they are in."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:

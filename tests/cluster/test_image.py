@@ -106,7 +106,7 @@ def test_base_is_pinned_to_what_a_registry_holds(node: Node) -> None:
     )
     node.run(["tee", "/tmp/registry.yml"], input=settings, user="root")
     node.popen(["docker-registry", "serve", "/tmp/registry.yml"], user="root")
-    node.run("tar -cf layer.tar project; until exec 3<> /dev/tcp/localhost/5000; do sleep 0.1; done", timeout=30)
+    node.run("tar -cf layer.tar project; until exec 3<> /dev/tcp/localhost/5000; do sleep 0.1; done")
     policy = '{"default": [{"type": "insecureAcceptAnything"}]}'
     node.run(["tee", "/etc/containers/policy.json"], input=policy, user="root")
     node.run("skopeo copy --quiet tarball:layer.tar docker://localhost:5000/debian:13-slim")

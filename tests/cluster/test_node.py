@@ -45,7 +45,7 @@ def traces(node_id: str) -> list[str]:
     return found
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> bool:
     """Whether a condition comes true in time."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:

@@ -21,7 +21,7 @@ SMALL = ["--parsable", "--time=10", "--mem=2G", "--cpus-per-task=1"]
 
 def test_arrays_give_the_digest_of_a_local_run(container_node: Node, sif: Path) -> None:
     node = container_node
-    node.run(f"{CMRHPC} phantom raw --patients 12 --seed 3; mkdir local arrays", timeout=120)
+    node.run(f"{CMRHPC} phantom raw --patients 12 --seed 3; mkdir local arrays")
     node.run("tee local/study.toml arrays/study.toml", input=STUDY.replace('raw = "raw"', 'raw = "../raw"'))
     node.run(f"{CMRHPC} run local", timeout=1500, env={"CMRHPC_CONTAINER_SHA256": ""})
 

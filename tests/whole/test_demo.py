@@ -14,7 +14,7 @@ from tests.whole.conftest import cmrhpc
 
 @pytest.mark.slow
 def test_the_demo_beats_its_own_untrained_generators_five_fold(tmp_path: Path) -> None:
-    cmrhpc("phantom", tmp_path / "raw", "--patients", "40", "--seed", "1")
+    cmrhpc("phantom", tmp_path / "raw", "--patients", "80", "--seed", "1")
     cmrhpc("init", tmp_path / "ws", "--study", "demo", "--raw", tmp_path / "raw")
     cmrhpc("run", tmp_path / "ws", timeout=3600)
     root = tmp_path / "ws"

@@ -27,11 +27,11 @@ start_accounting() {
     install -d -o mysql -g mysql /run/mysqld
     setsid mariadbd --user=mysql --bind-address=127.0.0.1 --innodb-buffer-pool-size=64M \
         --innodb-flush-log-at-trx-commit=0 > /var/log/mariadbd.log 2>&1 < /dev/null &
-    wait_for 60 "the database" mariadb-admin ping
+    wait_for 180 "the database" mariadb-admin ping
     mariadb --execute "CREATE DATABASE slurm_acct_db;
         CREATE USER slurm@localhost IDENTIFIED BY 'slurm'; GRANT ALL ON slurm_acct_db.* TO slurm@localhost"
     slurmdbd
-    wait_for 60 "accounting" sacctmgr --noheader show cluster
+    wait_for 180 "accounting" sacctmgr --noheader show cluster
     sacctmgr --immediate add cluster cmrtest > /dev/null
 }
 
@@ -40,7 +40,7 @@ start_slurm() {
     slurmctld
     slurmd -N n1
     slurmd -N n2
-    wait_for 60 "the compute nodes" idle
+    wait_for 180 "the compute nodes" idle
 }
 
 idle() {
@@ -52,9 +52,9 @@ gone() { ! pgrep --exact "$1"; }
 
 restart_controller() {
     pkill --exact slurmctld
-    wait_for 30 "the end of slurmctld" gone slurmctld
+    wait_for 120 "the end of slurmctld" gone slurmctld
     slurmctld
-    wait_for 30 "slurmctld" scontrol ping
+    wait_for 120 "slurmctld" scontrol ping
 }
 
 fail_node() {
@@ -67,7 +67,7 @@ fail_node() {
 recover_node() {
     slurmd -N "$1"
     scontrol update NodeName="$1" State=RESUME
-    wait_for 30 "node $1" idle_node "$1"
+    wait_for 120 "node $1" idle_node "$1"
 }
 
 idle_node() { [ "$(sinfo --noheader --format=%T --nodes="$1" | sort -u)" = idle ]; }
