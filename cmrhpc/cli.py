@@ -190,6 +190,8 @@ def verify(args: argparse.Namespace) -> int:
         for line in result.damaged + result.leaks:
             print(line)
         print(f"{result.files} files and {result.shards} shards checked; {result.missing} tasks are not done yet")
+        if not result.leaks and result.shards:
+            print("no patient is in training and in test of the same fold")
         print(f"digest {result.digest}")
     if result.damaged or result.leaks:
         if args.json:

@@ -31,7 +31,7 @@ def findings(workspace: Path | None = None) -> list[Finding]:
     for name in ("torch", "torchvision", "timm", "safetensors"):
         found.append(_package(name, "only where tasks compute: pip install 'cmrhpc[train]'"))
     found.append(_gpu())
-    found.append(_program("sbatch", ["sbatch", "--version"], "only for `cmrhpc submit` and sbatch: use a login node"))
+    found.append(_program("sbatch", ["sbatch", "--version"], "only for sbatch: use a login node"))
     found.append(_program("apptainer", ["apptainer", "--version"], "only for the container: see containers/README.md"))
     if workspace is not None:
         found.append(_writable(workspace))
