@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from tests.reliability.conftest import TIMEOUT, TINY, cmrhpc, command, copy_of, 
 LONG_KILLS = int(os.environ.get("CMRHPC_TEST_KILLS", "200"))
 
 
-def kill_once(root: Path, random_: random.Random, seconds: float) -> Counter[str] | None:
+def kill_once(root: Path, random_: random.Random, seconds: float, aim: str) -> Counter[str] | None:
     """Start a run and kill its whole process group at a random moment; None when the run ended before.
 
-    Three of four kills fall into the first `seconds` of work, because starting up takes most of a short life; the
-    others fall anywhere. Returns which stages were at work.
+    Three of four kills fall into the first `seconds` after a task of the stage `aim` has begun, because starting up
+    takes most of a short life and some stages are over in a moment; the others fall anywhere. Returns which stages
+    were at work.
     """
     begun = time.time()
     process = subprocess.Popen(
@@ -35,8 +36,8 @@ def kill_once(root: Path, random_: random.Random, seconds: float) -> Counter[str
     anywhere = random_.random() < 0.25
     try:
         if not anywhere:
-            while process.poll() is None and not at_work(root, begun):
-                time.sleep(0.05)
+            while process.poll() is None and not at_work(root, begun)[aim]:
+                time.sleep(0.02)
         process.wait(timeout=random_.uniform(0, 2 * seconds if anywhere else seconds))
     except subprocess.TimeoutExpired:
         stages = at_work(root, begun)
@@ -47,6 +48,19 @@ def kill_once(root: Path, random_: random.Random, seconds: float) -> Counter[str
     errors = process.stderr.read().decode() if process.stderr else ""
     assert process.returncode == 0, errors
     return None
+
+
+def next_stage(root: Path, undisturbed: Path) -> str:
+    """The first stage that still lacks outputs: what the next run will begin with."""
+    folders = {"ingest": "folds.h5", "synthesize": "synthetic", "refine": "refined", "classify": "predictions"}
+    for stage, name in folders.items():
+        if len(shards_in(root / name)) < len(shards_in(undisturbed / name)):
+            return stage
+    return "aggregate"
+
+
+def shards_in(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.rglob("*.h5"))
 
 
 def at_work(root: Path, since: float) -> Counter[str]:
@@ -92,15 +106,18 @@ def kill_studies(fresh: Path, undisturbed: Path, tmp_path: Path, kills: int, see
     """
     random_ = random.Random(seed)
     total: Counter[str] = Counter()
-    seconds = 2.0
+    seconds = defaultdict(lambda: 2.0)
     while total["kills"] < kills:
         root = copy_of(fresh, tmp_path / f"killed{total['studies']}")
-        made = made_so_far(root)
-        while total["kills"] < kills and (stages := kill_once(root, random_, seconds)) is not None:
+        while total["kills"] < kills:
+            made, aim = made_so_far(root), next_stage(root, undisturbed)
+            stages = kill_once(root, random_, seconds[aim], aim)
+            if stages is None:
+                break
             total.update(stages)
             total["kills"] += 1
-            seconds *= 1.5 if made_so_far(root) == made else 0.75
-            made = made_so_far(root)
+            seconds[aim] *= 1.5 if made_so_far(root) == made else 0.75
+            print(f"kill {total['kills']}: aimed at {aim}, met {dict(stages)}", flush=True)
         assert_same_study(root, undisturbed)
         total["studies"] += 1
         print(f"study {total['studies']}: the same digest after {total['kills']} kills in all", flush=True)
@@ -112,14 +129,33 @@ def test_killed_six_times_it_is_the_same_study(fresh: Path, undisturbed: Path, t
     assert total["kills"] == 6
 
 
+@pytest.fixture
+def demo(tmp_path: Path) -> tuple[Path, Path]:
+    """The shipped demo study, fresh and after an undisturbed run; its checkpoints follow each other closely."""
+    fresh = tmp_path / "demo"
+    cmrhpc("phantom", fresh / "raw", "--patients", "80", "--seed", "1")
+    cmrhpc("init", fresh, "--study", "demo", "--raw", fresh / "raw")
+    study = fresh / "study.toml"
+    text = (
+        study.read_text().replace(str(fresh / "raw"), "raw").replace("[compute]", "[compute]\ncheckpoint_seconds = 1")
+    )
+    study.write_text(text)
+    undisturbed = copy_of(fresh, tmp_path / "undisturbed")
+    cmrhpc("run", undisturbed, "--jobs", "2", "--plain")
+    return fresh, undisturbed
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("study", ["seconds", "demo"])
 def test_killed_two_hundred_times_over_all_stages(
-    fresh: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with capsys.disabled():
+        whole = request.getfixturevalue("demo") if study == "demo" else None
+        fresh, undisturbed = whole or (request.getfixturevalue("fresh"), request.getfixturevalue("undisturbed"))
         total = kill_studies(fresh, undisturbed, tmp_path, LONG_KILLS, int(time.time()))
-        print(f"\nkill test: {dict(total)}")
+        print(f"\nkill test, {study}: {dict(total)}")
     if LONG_KILLS >= 200:
         assert all(total[stage] for stage in ("ingest", "synthesize", "refine", "classify", "aggregate"))
 
