@@ -1,0 +1,266 @@
+"""Asks Slurm. Each question is one command with a time limit; a Slurm that is missing, broken or slow is None.
+
+Nothing here changes anything. What squeue and sacct say informs; that a task is done says its shard alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SECONDS = 10.0  # a controller that has not answered by then is overloaded or gone
+# States in which an element has ended, and comes back only if somebody asks for it.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+ENDED |= {"REVOKED", "TIMEOUT"}
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+# Settings of the user that would change what the commands print.
+_PERSONAL = ("SQUEUE_", "SACCT_", "SINFO_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_CONF_SERVER_FORMAT")
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of a job array, or a job that is none.
+
+    state: Slurm's word, e.g. PENDING. reason: Slurm's word why it waits, empty where it says none. node: where it runs
+    or ran. by: user number of who cancelled it. exit_code, signal: of the batch script. before: states in which earlier
+    runs of this element ended, oldest first (accounting only). folder, name, comment: as submitted (queue only).
+    """
+
+    state: str
+    reason: str = ""
+    node: str = ""
+    by: str = ""
+    exit_code: int = 0
+    signal: int = 0
+    before: tuple[str, ...] = ()
+    folder: str = ""
+    name: str = ""
+    comment: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def waits(self) -> bool:
+        return self.state in WAITING
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the cluster allows. None: not known, or not limited.
+
+    max_array_size: one more than the highest index of an array. max_jobs: jobs that the controller keeps at all.
+    max_submit: jobs that this user may have queued and running; each element of an array counts.
+    """
+
+    max_array_size: int | None = None
+    max_jobs: int | None = None
+    max_submit: int | None = None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition. time_limit: Slurm's text, e.g. 1-00:00:00 or infinite. gres: e.g. gpu:tesla:2, empty for none."""
+
+    name: str
+    default: bool
+    up: bool
+    time_limit: str
+    nodes: int
+    gres: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said. code is None when it is not installed, could not start, or did not end in time."""
+
+    code: int | None
+    out: str = ""
+    err: str = ""
+
+
+def ask(command: list[str], seconds: float = SECONDS, environment: dict[str, str] | None = None) -> Answer:
+    """Run a program that only asks. Never raises and never outlasts its time limit by more than a second.
+
+    Its output goes to files: a pipe held open by a stuck child would hold us too.
+    """
+    if shutil.which(command[0]) is None:
+        return Answer(None, err=f"{command[0]} is not installed here")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_PERSONAL)}
+    settings = kept | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"} | (environment or {})
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=settings, start_new_session=True
+            )
+        except OSError as error:
+            return Answer(None, err=f"{command[0]}: {error.strerror}")
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # also when a person interrupts
+            if process.returncode is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+        out.seek(0)
+        err.seek(0)
+        said, complaint = out.read().decode(errors="replace"), err.read().decode(errors="replace")
+    if code is None:
+        complaint = f"{command[0]} did not answer within {seconds:.0f} s"
+    return Answer(code, said, complaint.strip())
+
+
+def queue(jobs: Iterable[str] | None = None) -> dict[str, Element] | None:
+    """Elements of the given jobs (None: of all jobs of this user) as slurmctld knows them.
+
+    Those that have ended stay for a while; a job that slurmctld has forgotten is not in it. Keys are `123_4`, or `123`
+    for a job that is no array. None: Slurm did not answer.
+    """
+    wanted = None if jobs is None else sorted(set(jobs))
+    if wanted is not None and not wanted:
+        return {}
+    whose = ["--me"] if wanted is None else [f"--jobs={','.join(wanted)}"]
+    answer = ask(["squeue", "--noheader", "--array", "--states=all", *whose, "--format=%i|%T|%r|%N|%Z|%j|%k"])
+    if answer.code is None or answer.code != 0:
+        # A single number that it has forgotten is an error to squeue; several are not.
+        return {} if answer.code == 1 and "Invalid job id" in answer.err else None
+    return parse_queue(answer.out)
+
+
+def parse_queue(text: str) -> dict[str, Element]:
+    """What `squeue --format=%i|%T|%r|%N|%Z|%j|%k` printed. Only the comment, last, may hold the separator."""
+    found = {}
+    for line in text.splitlines():
+        fields = line.split("|", 6)
+        if len(fields) == 7 and fields[0][:1].isdigit():
+            key, state, reason, node, folder, name, comment = (
+                "" if field in ("(null)", "None", "n/a") else field.strip() for field in fields
+            )
+            found[key] = Element(state, reason, node, folder=folder, name=name, comment=comment)
+    return found
+
+
+def accounting(jobs: Iterable[str]) -> dict[str, Element] | None:
+    """What accounting remembers of the given jobs. None: it is off here, or did not answer."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return {}
+    columns = "jobid,state,exitcode,nodelist"
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--duplicates", "--array"]
+    answer = ask([*command, f"--jobs={','.join(wanted)}", f"--format={columns}"])
+    return parse_accounting(answer.out) if answer.code == 0 else None
+
+
+def parse_accounting(text: str) -> dict[str, Element]:
+    """What `sacct --duplicates --format=jobid,state,exitcode,nodelist` printed: a line per run, in order."""
+    found: dict[str, Element] = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) != 4 or not re.fullmatch(r"\d+(_\d+)?", fields[0]):
+            continue  # elements that nobody has looked at yet may be one line, 7_[0-99]
+        key, words, exit_code, node = fields
+        state, _, by = words.partition(" by ")
+        code, _, number = exit_code.partition(":")
+        earlier = found.get(key)
+        before = (*earlier.before, earlier.state) if earlier else ()
+        found[key] = Element(
+            state.split(" ")[0].rstrip("+"),
+            node="" if node == "None assigned" else node,
+            by=by,
+            exit_code=int(code) if code.isdigit() else 0,
+            signal=int(number) if number.isdigit() else 0,
+            before=before,
+        )
+    return found
+
+
+def limits(account: str = "", qos: str = "") -> Limits:
+    """What this user may submit, as far as the cluster tells; narrowed to an account and a quality of service."""
+    text = ask(["scontrol", "show", "config"]).out
+    shape = ["--noheader", "--parsable2"]
+    own = ask(
+        [
+            "sacctmgr",
+            *shape,
+            "show",
+            "assoc",
+            f"user={_user()}",
+            "format=account,maxsubmitjobs,grpsubmitjobs,defaultqos",
+        ]
+    )
+    rows = [line.split("|") for line in own.out.splitlines() if line.count("|") == 3]
+    rows = [row for row in rows if not account or row[0] == account]
+    numbers = [value for row in rows for value in row[1:3]]
+    names = {qos} if qos else {row[3] for row in rows if row[3]}
+    if names:
+        classes = ask(["sacctmgr", *shape, "show", "qos", "format=name,maxsubmitjobsperuser,grpsubmitjobs"])
+        split = [line.split("|") for line in classes.out.splitlines() if line.count("|") == 2]
+        numbers += [value for row in split if row[0] in names for value in row[1:]]
+    known = [int(value) for value in numbers if value.isdigit()]
+    return Limits(_number(text, "MaxArraySize"), _number(text, "MaxJobCount"), min(known, default=None))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a number that has no name here
+        return str(os.getuid())
+
+
+def _number(text: str, name: str) -> int | None:
+    found = re.search(rf"^{name}\s*=\s*(\d+)", text, flags=re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def setting(name: str) -> str | None:
+    """A line of the cluster's configuration, e.g. AccountingStorageType; None where Slurm does not answer."""
+    answer = ask(["scontrol", "show", "config"])
+    found = re.search(rf"^{name}\s*=\s*(\S.*)$", answer.out, flags=re.MULTILINE)
+    return found[1].strip() if answer.code == 0 and found else None
+
+
+def controller_time() -> float | None:
+    """The controller's clock, in whole seconds since 1970; None where it does not answer."""
+    answer = ask(["scontrol", "show", "config"])
+    found = re.match(r"Configuration data as of (\d+)$", answer.out, flags=re.MULTILINE)
+    return float(found[1]) if answer.code == 0 and found else None
+
+
+def version() -> str | None:
+    """Slurm's version, e.g. 24.11.5; None where it is not installed."""
+    answer = ask(["sinfo", "--version"])
+    return answer.out.split()[-1] if answer.code == 0 and answer.out.strip() else None
+
+
+def partitions() -> list[Partition] | None:
+    """The partitions that this user may see; None where Slurm does not answer."""
+    answer = ask(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%G"])
+    return parse_partitions(answer.out) if answer.code == 0 else None
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """What `sinfo --format=%P|%a|%l|%D|%G` printed: a line for each kind of node in a partition."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) != 5:
+            continue
+        name, up, limit, nodes, gres = fields
+        here = () if gres == "(null)" else (gres.split("(")[0],)
+        known = found.get(name)
+        counted = (known.nodes if known else 0) + (int(nodes) if nodes.isdigit() else 0)
+        kinds = tuple(dict.fromkeys((known.gres if known else ()) + here))
+        found[name] = Partition(name.rstrip("*"), name.endswith("*"), up == "up", limit, counted, kinds)
+    return list(found.values())

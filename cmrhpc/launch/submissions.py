@@ -1,0 +1,78 @@
+"""The record of what was submitted to Slurm: `submissions/JOB.json` in the workspace, one file per job array.
+
+It tells which task runs as which element, so that status can ask Slurm about it. It only informs: one that is missing
+or damaged costs a reason in words and no result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cmrhpc import files
+from cmrhpc.plan import STAGES
+from cmrhpc.workspace import Workspace
+
+_NAME = re.compile(r"(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job array.
+
+    job: Slurm's number. cluster: its name, empty where unknown. elements: element k runs the task indices elements[k]
+    of `stage`, several where tasks share a GPU. time: seconds since 1970. time_limit_s: what one element may take, 0
+    where unknown. memory: as sbatch takes it. gpus: per element. depends_on: jobs that it waits for.
+    """
+
+    job: str
+    stage: str
+    elements: tuple[tuple[int, ...], ...]
+    time: float
+    cluster: str = ""
+    profile: str = ""
+    time_limit_s: int = 0
+    memory: str = ""
+    gpus: int = 0
+    depends_on: tuple[str, ...] = ()
+
+    def key(self, element: int) -> str:
+        """How squeue and sacct call an element, as `slurm.queue` keys it."""
+        return f"{self.job}_{element}"
+
+
+def folder(workspace: Workspace) -> Path:
+    return workspace.root / "submissions"
+
+
+def write_submission(workspace: Workspace, submission: Submission) -> None:
+    """Note a submitted array. Raises BadInput when the file system refuses."""
+    files.atomic_write(folder(workspace) / f"{submission.job}.json", json.dumps(asdict(submission)))
+
+
+def read_submissions(workspace: Workspace) -> list[Submission]:
+    """All that can be read, oldest first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(folder(workspace)):
+            if _NAME.fullmatch(name) and (submission := _read(folder(workspace) / name)):
+                found.append(submission)
+    return sorted(found, key=lambda submission: (submission.time, int(submission.job)))
+
+
+def _read(path: Path) -> Submission | None:
+    try:
+        told = json.loads(path.read_text())
+        told["elements"] = tuple(tuple(int(index) for index in element) for element in told["elements"])
+        told["depends_on"] = tuple(str(job) for job in told["depends_on"])
+        made = Submission(**told)
+        texts = (made.job, made.cluster, made.profile, made.memory)
+        right = all(isinstance(text, str) for text in texts) and made.job == path.stem and made.stage in STAGES
+        right = right and all(isinstance(number, int | float) for number in (made.time, made.time_limit_s, made.gpus))
+        return made if right else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None

@@ -1,0 +1,138 @@
+"""What Slurm's commands print, as a real Slurm 24.11 printed it, and what becomes of a Slurm that does not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cmrhpc.launch import slurm, submissions
+from cmrhpc.launch.slurm import Element, Limits, Partition
+from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
+from cmrhpc.workspace import Workspace
+
+QUEUE = """\
+13|PENDING|BeginTime||/shared|k.sbatch|(null)
+12_0|PENDING|JobHeldUser||/shared|k.sbatch|(null)
+1_0|CANCELLED|None|n1|/shared|j.sh|(null)
+4|RUNNING|None|n[1-2]|/a b|j.sh|cmrhpc x|y
+squeue: a word nobody asked for
+"""
+
+ACCOUNTING = """\
+4|COMPLETED|0:0|n1
+1_0|CANCELLED by 1000|0:15|n1
+2_9|CANCELLED by 1000|0:0|None assigned
+13|PREEMPTED|0:0|n[1-2]
+13|NODE_FAIL|1:0|n2
+7_3|OUT_OF_MEMORY|0:125|n1
+8_5|FAILED|75:0|n1
+9_[1-9%2]|PENDING|0:0|None assigned
+13|PENDING|0:0|None assigned
+"""
+
+
+def test_queue_as_printed() -> None:
+    assert slurm.parse_queue(QUEUE) == {
+        "13": Element("PENDING", "BeginTime", folder="/shared", name="k.sbatch"),
+        "12_0": Element("PENDING", "JobHeldUser", folder="/shared", name="k.sbatch"),
+        "1_0": Element("CANCELLED", node="n1", folder="/shared", name="j.sh"),
+        "4": Element("RUNNING", node="n[1-2]", folder="/a b", name="j.sh", comment="cmrhpc x|y"),
+    }
+
+
+def test_accounting_as_printed() -> None:
+    assert slurm.parse_accounting(ACCOUNTING) == {
+        "4": Element("COMPLETED", node="n1"),
+        "1_0": Element("CANCELLED", node="n1", by="1000", signal=15),
+        "2_9": Element("CANCELLED", by="1000"),
+        "13": Element("PENDING", before=("PREEMPTED", "NODE_FAIL")),
+        "7_3": Element("OUT_OF_MEMORY", node="n1", signal=125),
+        "8_5": Element("FAILED", node="n1", exit_code=75),
+    }
+
+
+def test_partitions_as_printed() -> None:
+    text = "gpu*|up|1-00:00:00|2|gpu:tesla:2(S:0)\ngpu*|up|1-00:00:00|3|gpu:a100:4\nold|down|infinite|1|(null)\n"
+    assert slurm.parse_partitions(text) == [
+        Partition("gpu", True, True, "1-00:00:00", 5, ("gpu:tesla:2", "gpu:a100:4")),
+        Partition("old", False, False, "infinite", 1, ()),
+    ]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts a program of some name in front of the path."""
+
+    def put(name: str, script: str) -> None:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return put
+
+
+def test_no_slurm_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.queue(["1"]) is slurm.accounting(["1"]) is slurm.partitions() is slurm.version() is None
+    assert slurm.controller_time() is None
+    assert slurm.limits() == Limits()
+
+
+def test_slurm_that_hangs_is_left(program) -> None:
+    """Also when it ignores signals and its child holds the output open."""
+    program("squeue", "trap '' TERM INT; sleep 1000 & echo 1\\|RUNNING; wait; sleep 1000")
+    begun = time.monotonic()
+    answer = slurm.ask(["squeue"], seconds=0.5)
+    assert (answer.code, answer.err) == (None, "squeue did not answer within 0 s")
+    assert time.monotonic() - begun < 60  # of the 1000 that it would take
+
+
+def test_slurm_that_complains_is_none(program) -> None:
+    program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    assert slurm.queue(["1"]) is slurm.queue() is None
+    program("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    assert slurm.queue(["1"]) == {}
+    program("sacct", "echo Slurm accounting storage is disabled >&2; exit 1")
+    assert slurm.accounting(["1"]) is None
+
+
+def test_personal_settings_do_not_reach_the_commands(program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    monkeypatch.setenv("SACCT_FORMAT", "jobid")
+    program("squeue", "[ -z ${SQUEUE_FORMAT+x} ] && [ -z ${SACCT_FORMAT+x} ] && echo '1|RUNNING|None|n1|/|a|(null)'")
+    assert slurm.queue() == {"1": Element("RUNNING", node="n1", folder="/", name="a")}
+
+
+def test_nothing_is_asked_of_no_jobs(program) -> None:
+    program("squeue", "exit 9")
+    program("sacct", "exit 9")
+    assert slurm.queue([]) == slurm.accounting([]) == {}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, study_text: str) -> Workspace:
+    (tmp_path / "ws").mkdir()
+    (tmp_path / "ws" / "study.toml").write_text(study_text)
+    return Workspace(tmp_path / "ws")
+
+
+def test_submissions_are_read_as_written_and_damaged_ones_ignored(workspace: Workspace) -> None:
+    assert read_submissions(workspace) == []
+    newer = Submission("7", "synthesize", ((0, 1), (2,)), 20.0, "cl", "p", 3600, "8G", 1, ("3", "4"))
+    older = Submission("12", "ingest", ((0,),), 10.0)
+    for submission in (newer, older):
+        write_submission(workspace, submission)
+    right = json.loads((submissions.folder(workspace) / "7.json").read_text())
+    wrong = [right | {"job": "9"}, right | {"stage": "x"}, right | {"elements": [1]}, right | {"more": 1}, [], "x"]
+    for number, told in enumerate(wrong):
+        (submissions.folder(workspace) / f"{100 + number}.json").write_text(json.dumps(told))
+    (submissions.folder(workspace) / "8.json").write_text('{"job": "8"')
+    (submissions.folder(workspace) / "note.txt").write_text("")
+    assert read_submissions(workspace) == [older, newer]
+    assert newer.key(1) == "7_1"
