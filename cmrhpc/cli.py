@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmrhpc.errors import EXIT_INTERRUPTED, BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, UsageError
+from cmrhpc.signals import Stopped, held, stopping_at_once
 
 STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
 
@@ -101,11 +103,10 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def task(args: argparse.Namespace) -> int:
-    import signal
-
-    from cmrhpc.launch import records
-    from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
-    from cmrhpc.workspace import Workspace
+    with held():  # an interrupted import prints a traceback of its own
+        from cmrhpc.launch import records
+        from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
+        from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
     index = _array_index(args.index, args.stage)
@@ -129,8 +130,9 @@ def task(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cmrhpc.launch.local import run as run_all
-    from cmrhpc.workspace import Workspace
+    with held():  # an interrupted import prints a traceback of its own
+        from cmrhpc.launch.local import run as run_all
+        from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -139,14 +141,16 @@ def run(args: argparse.Namespace) -> int:
     if not summary.done and not summary.failed and not summary.missing:
         print(f"nothing to do: all {summary.already} tasks are done")
     table = workspace.path("report/table.md")
-    if table.is_file() and not summary.interrupted:
+    if table.is_file() and not summary.stopped_by:
         from cmrhpc.report.aggregate import terminal_table
 
         print(f"\n{terminal_table(workspace.root)}")
         print(f"report page: {workspace.path('report/index.html')}")
-    if summary.interrupted:
-        print("interrupted: what was finished is kept; `cmrhpc run` goes on from here", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    if summary.stopped_by:
+        interrupted = summary.stopped_by == signal.SIGINT
+        word = "interrupted" if interrupted else "stopped on request"
+        print(f"{word}: what was finished is kept; `cmrhpc run` goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED if interrupted else Checkpointed.exit_code
     if summary.failed or summary.missing:
         lines = [f"{title}: {reason.splitlines()[0]} (log: {log})" for title, reason, log in summary.failed]
         lines += [f"{title}: not started, its inputs are missing" for title in summary.missing]
@@ -348,14 +352,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code of DESIGN: 0, 2, 3, 4, 5, 75 or 130. One message on stderr, no traceback."""
+    is_script = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        args = parser().parse_args(arguments)
-        return int(args.call(args))
+        with stopping_at_once(to_the_end=is_script):
+            args = parser().parse_args(arguments)
+            return int(args.call(args))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: run the same command again", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Stopped:
+        print("stopped on request: run the same command again", file=sys.stderr)
+        return Checkpointed.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

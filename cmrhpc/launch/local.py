@@ -12,31 +12,37 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cmrhpc import files
 from cmrhpc import plan as planning
-from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError
+from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Incomplete
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
 from cmrhpc.plan import COHORT, FOLDS, STAGES
+from cmrhpc.signals import STOP_SIGNALS, held, let_through
 from cmrhpc.workspace import State, Workspace
 
 
 @dataclass
 class Summary:
-    """What a run did. failed: (title, reason, log path) per task; missing: tasks that could not start."""
+    """What a run did. failed: (title, reason, log path) per task; missing: tasks that did not start."""
 
     done: int = 0
     already: int = 0
     failed: list[tuple[str, str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    interrupted: bool = False
+    stopped_by: int = 0  # the signal that asked the run to stop
+
+
+KILLED = (records.FAILED, "the process ended without a word (killed, or out of memory)")
 
 
 @dataclass
@@ -44,7 +50,7 @@ class _Running:
     state: State
     process: BaseProcess
     messages: Connection
-    outcome: tuple[str, str] = (records.FAILED, "the process ended without a word (killed, or out of memory)")
+    outcome: tuple[str, str] = KILLED
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -68,7 +74,8 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
     running: dict[Connection, _Running] = {}
     stop = _StopFlag()
-    with display, stop.listening():
+    with stop.listening(), display:
+        _start_server(context, stop)
         while todo or running:
             while todo and len(running) < jobs and not stop.number:
                 state = _next_ready(workspace, todo, made, bool(running))
@@ -82,15 +89,15 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
                 break
             if stop.number:
                 for task in running.values():
-                    with contextlib.suppress(Exception):
-                        os.kill(task.process.pid or 0, signal.SIGTERM)
+                    with contextlib.suppress(OSError):
+                        os.kill(task.process.pid or 0, signal.SIGKILL if stop.at_once else signal.SIGTERM)
             for ready in wait(list(running), timeout=0.5):
                 task = running[ready]  # type: ignore[index]
                 if not _listen(task, display):
                     del running[task.messages]
-                    _finish(workspace, task, made, summary, display)
+                    _finish(workspace, task, made, summary, display, bool(stop.number))
             display.tick()
-    summary.interrupted = stop.number != 0
+    summary.stopped_by = stop.number
     summary.missing = [s.task.title for s in todo]
     return summary
 
@@ -110,12 +117,48 @@ def _next_ready(workspace: Workspace, todo: list[State], made: set[str], busy: b
     return only_report[0] if only_report and not busy and made - {COHORT, FOLDS} else None
 
 
+def _start_server(context: Any, stop: _StopFlag) -> None:
+    """Start the fork server and wait until it has loaded torch, or until a stop is asked for.
+
+    A signal that reaches the whole group waits in the server for ever and in each task until it can take it.
+    """
+    with held():
+        resource_tracker.ensure_running()  # lets two of the signals through again
+    with held():
+        forkserver.ensure_running()
+    failed: list[Exception] = []
+
+    def begin() -> None:
+        try:
+            context.Process(target=_nothing, daemon=True).start()
+        except (OSError, EOFError) as error:
+            failed.append(error)
+
+    waiting = threading.Thread(target=begin, daemon=True)
+    waiting.start()
+    while waiting.is_alive() and not stop.number:
+        waiting.join(0.2)
+    if failed and not stop.number:
+        mend = "is there memory for torch? then run the same command again"
+        raise Incomplete(f"the process that starts the tasks ended ({type(failed[0]).__name__})", "", mend)
+
+
+def _nothing() -> None:
+    """Runs as soon as the fork server is ready."""
+
+
 def _start(context: Any, workspace: Workspace, state: State) -> _Running:
     receive, send = context.Pipe(duplex=False)
     arguments = (str(workspace.root), state.task.stage, state.index, send)
     process = context.Process(target=_child, args=arguments, name=state.task.title)
-    process.start()
-    send.close()
+    try:
+        with held():  # should the fork server have died, a new one starts here
+            process.start()
+    except (OSError, EOFError) as error:
+        what = f"{state.task.title}: its process could not be started ({type(error).__name__})"
+        raise Incomplete(what, "", "is there memory left? then run the same command again") from None
+    finally:
+        send.close()
     return _Running(state, process, receive)
 
 
@@ -132,9 +175,14 @@ def _listen(task: _Running, display: Display) -> bool:
     return True
 
 
-def _finish(workspace: Workspace, task: _Running, made: set[str], summary: Summary, display: Display) -> None:
+def _finish(
+    workspace: Workspace, task: _Running, made: set[str], summary: Summary, display: Display, stopping: bool
+) -> None:
     task.process.join()
     outcome, reason = task.outcome
+    if task.outcome == KILLED and stopping:
+        outcome, reason = records.STOPPED, "ended before it could save a checkpoint"
+        records.write_record(workspace, task.state.task.stage, task.state.index, outcome, reason)
     state = task.state
     if outcome == records.DONE:
         made.update({COHORT, FOLDS} if state.task.stage == "ingest" else {state.task.output})
@@ -149,17 +197,19 @@ def _finish(workspace: Workspace, task: _Running, made: set[str], summary: Summa
 
 
 class _StopFlag:
-    """Notes the first SIGINT or SIGTERM; the children are asked to checkpoint."""
+    """Notes the first stop signal: the tasks are asked to checkpoint. After a second SIGINT they are killed."""
 
     number = 0
+    at_once = False
 
     @contextlib.contextmanager
     def listening(self) -> Any:
         def handle(number: int, frame: Any) -> None:
-            self.number = number
+            self.at_once = self.at_once or (self.number == signal.SIGINT == number)
+            self.number = self.number or number
 
         try:
-            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+            before = {n: signal.signal(n, handle) for n in STOP_SIGNALS}
         except ValueError:  # not the main thread: the caller handles signals
             yield self
             return
@@ -192,6 +242,7 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
 
     with stop_on_signals(request), contextlib.ExitStack() as log:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the run passes it on
+        let_through()
         try:
             workspace = Workspace(root)
             log.enter_context(open_log(workspace, stage, index))

@@ -4,8 +4,10 @@ import contextlib
 
 import h5py  # noqa: F401
 import numpy  # noqa: F401
-import torch
 
-with contextlib.suppress(ImportError):  # what deterministic algorithms and optimizers pull in: seconds in every task
+with contextlib.suppress(Exception):  # what cannot be loaded is told by the task that needs it
+    import torch
+
+    # What deterministic algorithms and optimizers pull in: seconds in every task.
     import torch._inductor.config  # noqa: F401
     import torchvision  # noqa: F401

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from cmrhpc import plan as planning
 from cmrhpc import shards
 from cmrhpc.data.folds import make_folds
 from cmrhpc.data.ingest import ingest
+from cmrhpc.errors import Checkpointed
 from cmrhpc.plan import COHORT, FOLDS, Task
 from cmrhpc.workspace import Judge, Workspace
 
 TASK = Task("ingest")
 
 
-def run_ingest(workspace: Workspace, judge: Judge) -> str:
-    """Make whichever of the two shards is missing or no longer what the study asks for; returns a summary in words."""
+def run_ingest(
+    workspace: Workspace,
+    judge: Judge,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Make whichever of the two shards is missing or no longer what the study asks for; returns a summary in words.
+
+    Raises Checkpointed when `should_stop` asked for it between two images: nothing is written then.
+    """
     lines = []
+
+    def read(done: int, total: int) -> None:
+        progress(done, total)
+        if done < total and should_stop():
+            raise Checkpointed(f"stopped on request after image {done} of {total}, nothing kept", mend="run it again")
+
     study = workspace.study
     if judge.whole(COHORT):
         begun = time.time()
@@ -29,6 +45,7 @@ def run_ingest(workspace: Workspace, judge: Judge) -> str:
             settings=planning.settings(study, TASK, COHORT),
             info={"study_sha256": workspace.study_sha256},
             folds=study.folds,
+            progress=read,
         )
         lines.append(f"{summary}\nread in {time.time() - begun:.1f} s")
     cohort = shards.read_shard(workspace.path(COHORT), "cohort-1")

@@ -15,9 +15,9 @@ from cmrhpc import files, shards
 from cmrhpc import plan as planning
 from cmrhpc.errors import Incomplete, UsageError
 from cmrhpc.plan import Task
+from cmrhpc.signals import STOP_SIGNALS
 from cmrhpc.workspace import Judge, Workspace
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 Progress = Callable[[int, int], None]
 
 
@@ -107,7 +107,7 @@ def run_task(
     if stage == "ingest":
         from cmrhpc.stages.ingest import run_ingest
 
-        return run_ingest(workspace, judge)
+        return run_ingest(workspace, judge, progress, should_stop)
     if stage == "aggregate":
         from cmrhpc.stages.aggregate import run_aggregate
 

@@ -1,0 +1,110 @@
+"""`cmrhpc run` asked to stop at any moment of its life: one line, its exit code, and nothing half done."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cmrhpc.launch.records import read_record
+from tests.reliability.conftest import TIMEOUT, assert_no_half_file, cmrhpc, command, copy_of, digest
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+
+
+def start(root: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command("run", root, "--jobs", "2", "--plain"),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def stop(process: subprocess.Popen[bytes], number: signal.Signals, group: bool = True) -> tuple[int, list[str]]:
+    """Send the signal, to the whole group as a terminal does, and return (exit code, lines on stderr)."""
+    (os.killpg if group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    return process.returncode, errors.decode().splitlines()
+
+
+def children(process: subprocess.Popen[bytes]) -> list[str]:
+    """Command lines of the run's own children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                found.append(path.with_name("cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> None:
+    while not there():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.01)
+
+
+def working(root: Path) -> bool:
+    records = map(read_record, (root / "logs").glob("*.json"))
+    return any(record is not None and record.state == "running" for record in records)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_the_fork_server_loads_torch(fresh: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start(copy_of(fresh, tmp_path / "run"))
+    wait_until(process, lambda: any("forkserver" in line for line in children(process)))
+    code, lines = stop(process, number)
+    assert code == CODES[number]
+    assert len(lines) == 1, lines
+    assert "what was finished is kept" in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+def test_stopped_while_tasks_work_it_goes_on_to_the_same_digest(
+    fresh: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    root = copy_of(fresh, tmp_path / "run")
+    process = start(root)
+    wait_until(process, lambda: working(root))
+    code, lines = stop(process, number)
+    assert code == CODES[number]
+    assert len(lines) == 1, lines
+    assert_no_half_file(root)
+    cmrhpc("run", root, "--jobs", "2", "--plain")
+    assert digest(root) == digest(undisturbed)
+
+
+def test_a_signal_to_the_run_alone_reaches_its_tasks(fresh: Path, tmp_path: Path) -> None:
+    root = copy_of(fresh, tmp_path / "run")
+    process = start(root)
+    wait_until(process, lambda: working(root))
+    code, lines = stop(process, signal.SIGTERM, group=False)
+    assert (code, len(lines)) == (75, 1), lines
+    assert not working(root)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_stopped_at_thirty_random_moments(fresh: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """From half a second on: what comes before is Python's own start, where no code of ours runs yet."""
+    root, random_ = copy_of(fresh, tmp_path / "run"), random.Random(11)
+    for _ in range(30):
+        process = start(root)
+        try:
+            process.wait(random_.uniform(0.5, 12))
+        except subprocess.TimeoutExpired:
+            number = random_.choice(list(CODES))
+            code, lines = stop(process, number)
+            assert code in (0, CODES[number])
+            assert len(lines) == (code != 0), lines
+        assert_no_half_file(root)
+    cmrhpc("run", root, "--jobs", "2", "--plain")
+    assert digest(root) == digest(undisturbed)
