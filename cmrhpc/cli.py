@@ -41,7 +41,7 @@ def init(args: argparse.Namespace) -> int:
     from cmrhpc.init import make_workspace
 
     columns = dict(_pair(text) for text in args.column)
-    study = make_workspace(
+    made = make_workspace(
         Path(args.workspace),
         args.study,
         Path(args.raw),
@@ -51,11 +51,13 @@ def init(args: argparse.Namespace) -> int:
         args.channels,
         args.positive,
     )
-    classes = ", ".join(study.classes)
-    print(f'{args.workspace}/study.toml: study "{study.name}", classes {classes}')
+    study = made.study
+    print(f'{args.workspace}/study.toml: study "{study.name}"; classes: {made.classes}')
     if len(study.classes) == 2:
         print(f"positive class: {study.classes[1]}")
-    print(f"next: cmrhpc run {args.workspace}")
+    for line in made.notes:
+        print(line)
+    print(f"next: read {args.workspace}/study.toml, then `cmrhpc ingest {args.workspace}`")
     return 0
 
 
@@ -64,6 +66,7 @@ def ingest(args: argparse.Namespace) -> int:
     from cmrhpc.workspace import Workspace
 
     print(run_task(Workspace(args.workspace), "ingest", 0))
+    print(f"next: look at {args.workspace}/cohort.png and cohort.csv, then `cmrhpc run {args.workspace}`")
     return 0
 
 

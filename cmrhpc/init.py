@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomlkit
 
 from cmrhpc import files
-from cmrhpc.data.table import labels_of, read_table
+from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_columns
+from cmrhpc.data.table import label_order, read_heading, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.study import STUDIES, Study, parse_study
 
@@ -16,6 +19,15 @@ from cmrhpc.study import STUDIES, Study, parse_study
 def shipped() -> list[str]:
     """Names of the studies that come with the package."""
     return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+@dataclass(frozen=True)
+class Made:
+    """The study of a new workspace, images and patients per class in words, and what in the table looks like a slip."""
+
+    study: Study
+    classes: str
+    notes: list[str]
 
 
 def make_workspace(
@@ -27,7 +39,7 @@ def make_workspace(
     file_spacing_mm: float | None = None,
     channels: int | None = None,
     positive: str | None = None,
-) -> Study:
+) -> Made:
     """Write `root`/study.toml from a shipped study or a file; the classes are read from the raw table.
 
     Raises BadInput for an unknown study, a workspace that has one already, a table that cannot be read, one class
@@ -54,13 +66,21 @@ def make_workspace(
         if value is not None:
             data[key] = value
     data["raw"] = os.path.relpath(raw.resolve(), root.resolve()) if _beside(raw, root) else str(raw.resolve())
-    rows = read_table(raw, str(data.get("table", "cohort.csv")), dict(data.get("columns", {})))
-    where = str(raw / data.get("table", "cohort.csv"))
-    document["classes"] = order_classes(labels_of(rows), positive, where)
+    name, mapped = str(data.get("table", "cohort.csv")), dict(data.get("columns", {}))
+    rows = read_table(raw, name, mapped)
+    counts = class_counts(rows)
+    slips = class_slips(counts)
+    try:
+        document["classes"] = order_classes(counts, positive, str(raw / name))
+    except BadInput as error:
+        mend = "; ".join([error.mend, f"the classes are {counted(counts)}", *slips])
+        raise BadInput(error.what, error.where, mend) from None
     text = tomlkit.dumps(document)
     made = parse_study(text, str(source))
     files.atomic_write(target, text)
-    return made
+    counts = {name: counts[name] for name in made.classes}
+    notes = [f"warning: {slip}" for slip in slips] + ignored_columns(read_heading(raw, name), mapped)
+    return Made(made, counted(counts), notes)
 
 
 def _beside(raw: Path, root: Path) -> bool:
@@ -68,11 +88,12 @@ def _beside(raw: Path, root: Path) -> bool:
     return raw.resolve().parent == root.resolve().parent or raw.resolve().is_relative_to(root.resolve())
 
 
-def order_classes(labels: list[str], positive: str | None, where: str) -> list[str]:
-    """Class names in the order of their indices; the positive class of a binary study has index 1.
+def order_classes(labels: Iterable[str], positive: str | None, where: str) -> list[str]:
+    """Class names in the order of their indices: that of `label_order`, and the positive class of a binary study last.
 
-    labels: the different labels of the table, sorted.
+    labels: the labels of the table, in any order. Raises BadInput for one class, more than 100, or an unclear positive.
     """
+    labels = sorted(set(labels), key=label_order)
     if len(labels) < 2:
         raise BadInput(f"only one class: {labels}", where, "a study needs two or more classes")
     if len(labels) > 100:

@@ -7,7 +7,6 @@ range are bad input and are named with table and key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cmrhpc.errors import BadInput
+from cmrhpc.near import did_you_mean
 
 STUDIES = Path(__file__).parent / "studies"
 MUTATIONS = ("minimax", "heuristic", "least-squares")
@@ -343,9 +343,7 @@ T = TypeVar("T")
 
 
 def _unknown(key: str, known: Any, where: str) -> BadInput:
-    close = difflib.get_close_matches(key, list(known), 1)
-    mend = f'did you mean "{close[0]}"? ' if close else ""
-    return BadInput(f'unknown key "{key}"', where, f"{mend}known: {', '.join(known)}")
+    return BadInput(f'unknown key "{key}"', where, f"{did_you_mean(key, known)}known: {', '.join(known)}")
 
 
 def _build(kind: type[T], values: Any, where: str, table: str) -> T:

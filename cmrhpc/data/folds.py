@@ -46,7 +46,8 @@ def check_counts(
             raise BadInput(f'no image of class "{name}"', "column label", mend)
         if count < folds.k:
             mend = f"set k to {count} or less" if count >= 2 else "add patients: the class needs two at least"
-            what = f'class "{name}" has {count} {unit}, fewer than the {folds.k} folds'
+            units = unit.removesuffix("s") if count == 1 else unit
+            what = f'class "{name}" has {count} {units}, fewer than the {folds.k} folds'
             raise BadInput(what, "study.toml [folds] k", mend)
 
 

@@ -21,9 +21,10 @@ import numpy as np
 from cmrhpc import files, shards
 from cmrhpc.data import region as geometry
 from cmrhpc.data.folds import check_counts
+from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_columns
 from cmrhpc.data.images import RawImage, Reader, grey
 from cmrhpc.data.sheet import Sheet
-from cmrhpc.data.table import Row, read_table
+from cmrhpc.data.table import Row, read_heading, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.study import Data, Folds
 
@@ -55,16 +56,18 @@ class Summary:
     spacing_mm: tuple[float, float] = (math.nan, math.nan)  # smallest and largest of the sources
     normalised: dict[str, int] = field(default_factory=dict)  # images per kind: window, percentile
     clipped: float = 0.0  # mean share of the region's pixels below or above the window
+    table: list[str] = field(default_factory=list)  # what in the table looks like a slip, and ignored columns
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f'"{name}" {n} images of {self.patients[name]} patients' for name, n in self.images.items()]
+        counts = {name: (images, self.patients[name]) for name, images in self.images.items()}
         low, high = self.spacing_mm
         spacing = "unknown" if math.isnan(low) else f"{low:.4g} mm" if low == high else f"{low:.4g} to {high:.4g} mm"
         how = ", ".join(f"{count} by {name}" for name, count in self.normalised.items() if count)
-        lines = [f"{sum(self.images.values())} images: {'; '.join(parts)}"]
+        lines = [f"{sum(self.images.values())} images: {counted(counts)}"]
         lines += [f"source spacing {spacing}; normalised: {how}; {100 * self.clipped:.2f} % of the pixels clipped"]
+        lines += self.table
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"warning: {text}" for text in self.warnings[:SHOWN_WARNINGS]]
         if (more := len(self.warnings) - SHOWN_WARNINGS) > 0:
@@ -98,7 +101,11 @@ def ingest(
     if len(set(labels.tolist())) < 2:
         raise BadInput(f'only one class: every label is "{rows[0].label}"', data.table, "a study needs two classes")
     groups = [row.id for row in rows] if folds and folds.group_by == "image" else patients
-    check_counts(groups, labels, folds or Folds(k=1), len(classes), classes)
+    slips = class_slips(class_counts(rows))
+    try:
+        check_counts(groups, labels, folds or Folds(k=1), len(classes), classes)
+    except BadInput as error:
+        raise BadInput(error.what, error.where, "; ".join([error.mend, *slips])) from None
 
     out = Path(out)
     files.make_folder(out.parent)
@@ -107,6 +114,8 @@ def ingest(
     report = _Report()
     windows, spacings, grids = np.zeros((len(rows), 2)), np.zeros((len(rows), 2)), np.zeros(len(rows))
     summary, coloured = Summary(), 0
+    summary.table = [f"warning: {slip}" for slip in slips]
+    summary.table += ignored_columns(read_heading(raw, data.table), data.columns)
     try:
         with (
             tempfile.SpooledTemporaryFile(SPOOL_MEMORY, dir=str(out.parent)) as images,
@@ -233,7 +242,10 @@ def _source_spacing(
         return (data.file_spacing_mm, data.file_spacing_mm), "study"
     if data.roi == "whole":  # the whole image needs none; its pixels count as square
         return None, "unknown"
-    mend = "add a column spacing_mm, or set file_spacing_mm in study.toml [data] (init: --spacing 1.25)"
+    mend = (
+        "add a column spacing_mm, or set file_spacing_mm in study.toml [data] (init: --spacing 1.25); "
+        'or roi = "whole" there, which takes the whole image and needs none'
+    )
     raise BadInput("the image's spacing is unknown: its file holds none", at("image"), mend)
 
 

@@ -18,9 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from cmrhpc.errors import BadInput
+from cmrhpc.near import did_you_mean, nearest
 
 REQUIRED = ("image", "label", "patient")
 OPTIONAL = ("mask", "spacing_mm", "window_low", "window_high")
+KNOWN = (*REQUIRED, *OPTIONAL)
+WINDOW = ("window_low", "window_high")
 MAX_TABLE_BYTES = 2**28
 MAX_FIELD = 4096  # characters
 _SPACING = re.compile(r"\s*[x;\s]\s*")
@@ -98,14 +101,21 @@ def read_table(
     return rows
 
 
+def read_heading(raw: Path, table: str = "cohort.csv") -> list[str]:
+    """The names of the columns of a table that `read_table` has read."""
+    with open(Path(raw) / table, encoding="utf-8-sig", newline="") as stream:
+        return [name.strip() for name in next(csv.reader(stream, strict=True), [])]
+
+
+def label_order(label: str) -> tuple[int, int, str]:
+    """Sorting by it puts whole numbers first, by value, and other texts by alphabet."""
+    whole = label.isascii() and label.lstrip("-").isdigit() and len(label) < 19
+    return (0, int(label), label) if whole else (1, 0, label)
+
+
 def labels_of(rows: Sequence[Row]) -> list[str]:
-    """The different labels, whole numbers by value, other texts by alphabet."""
-
-    def order(label: str) -> tuple[int, int, str]:
-        whole = label.isascii() and label.lstrip("-").isdigit() and len(label) < 19
-        return (0, int(label), label) if whole else (1, 0, label)
-
-    return sorted({row.label for row in rows}, key=order)
+    """The different labels in the order of `label_order`."""
+    return sorted({row.label for row in rows}, key=label_order)
 
 
 @dataclass(frozen=True)
@@ -139,19 +149,22 @@ def _records(stream: TextIO, table: str, columns: Mapping[str, str]) -> Iterator
             raise BadInput(f"the table is no valid CSV: {error}", where, mend) from None
 
     heading = [name.strip() for name in following() or []]
-    names = {ours: columns.get(ours, ours) for ours in (*REQUIRED, *OPTIONAL)}
+    names = {ours: columns.get(ours, ours) for ours in KNOWN}
     for ours, theirs in columns.items():
         if ours not in names:
             mend = f"the names are {', '.join(names)}"
-            raise BadInput(f"there is no column named {_shown(ours)} to map", "[data] columns", mend)
+            raise BadInput(f"there is no column named {shown(ours)} to map", "[data] columns", mend)
         if theirs not in heading:
             raise _no_column(theirs, table, heading, ours)
     for ours in REQUIRED:
         if names[ours] not in heading:
             raise _no_column(names[ours], table, heading, ours)
+    for ours, other in (WINDOW, WINDOW[::-1]):
+        if names[ours] in heading and names[other] not in heading:
+            raise _half_a_window(names[ours], other, table, heading)
     for theirs in set(names.values()):
         if heading.count(theirs) > 1:
-            raise BadInput(f"the column {_shown(theirs)} stands twice in the heading", table, "rename one of them")
+            raise BadInput(f"the column {shown(theirs)} stands twice in the heading", table, "rename one of them")
     places = {ours: heading.index(theirs) for ours, theirs in names.items() if theirs in heading}
     number = 0
     while (fields := following()) is not None:
@@ -166,14 +179,21 @@ def _records(stream: TextIO, table: str, columns: Mapping[str, str]) -> Iterator
 
 
 def _no_column(name: str, table: str, heading: list[str], ours: str) -> BadInput:
-    shown = ", ".join(_shown(column) for column in heading[:30]) or "nothing"
-    mend = f"name the column that holds it with --column {ours}=NAME; the table has {shown}"
+    there = ", ".join(shown(column) for column in heading[:30]) or "nothing"
+    mend = f"name the column that holds it with --column {ours}=NAME; the table has {there}"
     if len(heading) == 1 and re.search("[;\t]", heading[0]):
         mend = "the fields must be separated by commas"
-    return BadInput(f"the table has no column {_shown(name)}", table, mend)
+    return BadInput(f"the table has no column {shown(name)}", table, mend)
 
 
-def _shown(text: str) -> str:
+def _half_a_window(there: str, lacking: str, table: str, heading: list[str]) -> BadInput:
+    near = [shown(name) for name in heading if name != there and nearest(name, [lacking])]
+    mend = f"did you mean {near[0]}? Rename it, or map it with --column {lacking}=NAME" if near else ""
+    what = f"the table has the column {shown(there)} but no {lacking}"
+    return BadInput(what, table, mend or "a window needs both ends: add the column, or remove the other")
+
+
+def shown(text: str) -> str:
     """A text from outside, short and without control characters."""
     return '"' + "".join(c if c.isprintable() else "?" for c in text[:60]) + ("..." if len(text) > 60 else "") + '"'
 
@@ -197,8 +217,9 @@ def _row(
             raise BadInput(what, at(ours), "mend the field")
     label = fields["label"]
     if classes is not None and label not in classes:
-        mend = f"the study knows {', '.join(_shown(c) for c in classes)}: mend the table, or `classes` in study.toml"
-        raise BadInput(f"unknown label {_shown(label)}", at("label"), mend)
+        mend = did_you_mean(label, classes)
+        mend += f"the study knows {', '.join(shown(c) for c in classes)}: mend the table, or `classes` in study.toml"
+        raise BadInput(f"unknown label {shown(label)}", at("label"), mend)
     inside.check(fields["image"], at("image"), "the image", on_disk=check_files)
     mask = fields.get("mask") or None
     if mask:
@@ -222,7 +243,7 @@ def _number(text: str, where: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or abs(value) > 1e9:
-        raise BadInput(f"no number: {_shown(text)}", where, "write a number with a point, such as 1.25")
+        raise BadInput(f"no number: {shown(text)}", where, "write a number with a point, such as 1.25")
     return value
 
 
@@ -234,7 +255,7 @@ def _spacing(text: str, where: str) -> tuple[float, float] | None:
     values = [value for value in numbers if value is not None and 1e-3 <= value <= 1e3]
     if len(values) != len(numbers) or len(values) > 2:
         mend = "write mm, such as 1.25, or 1.2x1.4 for rows and columns"
-        raise BadInput(f"no spacing: {_shown(text)}", where, mend)
+        raise BadInput(f"no spacing: {shown(text)}", where, mend)
     return values[0], values[-1]
 
 

@@ -138,6 +138,7 @@ def test_png_takes_its_spacing_from_the_table_or_the_study(tmp_path: Path) -> No
     with pytest.raises(BadInput, match="spacing is unknown") as caught:
         run(tmp_path, roi="centre")
     assert "--spacing" in caught.value.mend
+    assert 'roi = "whole"' in caught.value.mend
     assert caught.value.where == "cohort.csv row 1, column image"
     shard, _ = run(tmp_path, roi="centre", file_spacing_mm=1.25)
     assert shard["spacing"].tolist() == [[1.25, 1.25]] * 2

@@ -92,6 +92,8 @@ FAULTS = {
     "nul": (f"{HEAD}\na.png,0,p\x00q\n", "", "cohort.csv"),
     "latin-1": (f"{HEAD}\na.png,0,Müller\n".encode("latin-1"), "no UTF-8", "cohort.csv"),
     "half a window": (f"{HEAD},window_low,window_high\na.png,0,p,300,\n", "two ends", "column window_low"),
+    "one end of the window": (f"{HEAD},window_low\na.png,0,p,300\n", "but no window_high", "cohort.csv"),
+    "misspelt end": (f"{HEAD},window_low,windowhihg\na.png,0,p,3,9\n", "but no window_high", "cohort.csv"),
     "window upside down": (f"{HEAD},window_low,window_high\na.png,0,p,3,3\n", "two ends", "column window_low"),
     "no number": (f"{HEAD},window_low,window_high\na.png,0,p,low,3\n", 'no number: "low"', "column window_low"),
     "not finite": (f"{HEAD},window_low,window_high\na.png,0,p,1,inf\n", "no number", "column window_high"),
@@ -125,6 +127,15 @@ def test_a_missing_column_says_how_to_map_it(raw: Path) -> None:
         read_table(raw, columns={"patient": "person"})
     with pytest.raises(BadInput, match='no column named "sex" to map'):
         read_table(raw, columns={"sex": "subject"})
+
+
+def test_near_names_are_suggested(raw: Path) -> None:
+    write(raw, f"{HEAD},window_low,windowhihg\na.png,0,p,3,9\n")
+    with pytest.raises(BadInput, match=r'did you mean "windowhihg"\?.*--column window_high=NAME'):
+        read_table(raw)
+    write(raw, f"{HEAD}\na.png,nromal,p\n")
+    with pytest.raises(BadInput, match=r'did you mean "normal"\? the study knows "disease", "normal"'):
+        read_table(raw, classes=("disease", "normal"))
 
 
 def test_table_and_folder_must_be_there_and_inside(raw: Path) -> None:
