@@ -163,8 +163,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    from cmrhpc.launch.status import print_status, watch
+    from cmrhpc.launch.show import print_status, watch
 
+    if args.watch and args.json:
+        raise UsageError("--watch is for people, --json for scripts", "", "give one of them")
     return watch(args.workspace) if args.watch else print_status(args.workspace, args.json)
 
 

@@ -39,6 +39,8 @@ class Entry:
     seed: int
     task_sha256: str
     inputs: dict[str, str]
+    seconds: float  # what its task took, of the last try alone; 0 where unknown
+    job: str  # Slurm's number of the array or job that wrote it, empty outside Slurm
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,12 @@ class Workspace:
         except (CmrhpcError, OSError):
             return None  # damaged or just being replaced: not done
         task = shards.sha256_of(header.task)
-        return Entry(inode, header.content_sha256, header.settings_sha256, header.seed, task, header.inputs)
+        told = header.info.get("seconds")
+        seconds = float(told) if isinstance(told, int | float) and 0 <= told < 1e9 else 0.0
+        job = str(header.info.get("slurm_array_job_id") or header.info.get("slurm_job_id") or "")
+        job = job if job.isdigit() and len(job) < 20 else ""
+        hashes = header.content_sha256, header.settings_sha256
+        return Entry(inode, *hashes, header.seed, task, header.inputs, seconds, job)
 
     # ---------------------------------------------------------------- what is done
 

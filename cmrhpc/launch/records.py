@@ -21,7 +21,10 @@ RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped"
 
 @dataclass(frozen=True)
 class Record:
-    """state: running, done, failed or stopped (checkpointed). start: kernel start tick of the process."""
+    """state: running, done, failed or stopped (checkpointed). start: kernel start tick of the process.
+
+    job, element: Slurm's numbers of the array (or of the job that is none) and of its element; empty outside Slurm.
+    """
 
     state: str
     reason: str = ""
@@ -29,9 +32,16 @@ class Record:
     pid: int = 0
     start: str = ""
     time: float = 0.0
+    job: str = ""
+    element: str = ""
+
+    @property
+    def key(self) -> str:
+        """How squeue and sacct call it, as `slurm.queue` keys it; empty outside Slurm."""
+        return f"{self.job}_{self.element}" if self.job and self.element else self.job
 
     def alive(self) -> bool:
-        """Whether the process still runs; a process of another host is believed for a day."""
+        """Whether the process still runs; of another host, which only Slurm could ask, it is believed for a day."""
         if self.host != files.host_name():
             return time.time() - self.time < files.DAY
         return files.process_start(self.pid) == self.start
@@ -43,7 +53,11 @@ def record_path(workspace: Workspace, stage: str, index: int) -> Path:
 
 def write_record(workspace: Workspace, stage: str, index: int, state: str, reason: str = "") -> None:
     """Note the state; a file system that refuses fails no task by that."""
-    record = Record(state, reason, files.host_name(), os.getpid(), files.process_start(), time.time())
+    told = os.environ.get
+    job = told("SLURM_ARRAY_JOB_ID") or told("SLURM_JOB_ID") or ""
+    element = told("SLURM_ARRAY_TASK_ID", "") if told("SLURM_ARRAY_JOB_ID") else ""
+    process = files.host_name(), os.getpid(), files.process_start()
+    record = Record(state, reason, *process, time.time(), job, element)
     with contextlib.suppress(BadInput):
         files.atomic_write(record_path(workspace, stage, index), json.dumps(asdict(record)))
 
@@ -52,7 +66,10 @@ def read_record(path: Path) -> Record | None:
     """The record, or None where there is none that can be read."""
     try:
         record = Record(**json.loads(path.read_text()))
-        right = isinstance(record.pid, int) and isinstance(record.time, int | float) and isinstance(record.reason, str)
+        right = isinstance(record.pid, int) and isinstance(record.time, int | float)
+        right = right and all(
+            isinstance(text, str) for text in (record.reason, record.host, record.job, record.element)
+        )
         return record if right else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None

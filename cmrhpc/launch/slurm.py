@@ -238,6 +238,11 @@ def controller_time() -> float | None:
     return float(found[1]) if answer.code == 0 and found else None
 
 
+def installed() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("squeue") is not None
+
+
 def version() -> str | None:
     """Slurm's version, e.g. 24.11.5; None where it is not installed."""
     answer = ask(["sinfo", "--version"])

@@ -1,84 +1,300 @@
-"""What is done, running, waiting and failed, in words and with the log to read."""
+"""What is done, running, waiting and failed: in words, with the log to read, and the GPU-hours that are left.
+
+Shards say what is done. Of the rest Slurm is asked first, within a time limit, then the tasks' own records; so it holds
+when accounting is off, when Slurm has forgotten a job, and when whoever submitted is gone.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cmrhpc.launch import records
-from cmrhpc.workspace import Workspace
+from cmrhpc.launch import reasons, records, slurm
+from cmrhpc.launch.records import Record
+from cmrhpc.launch.slurm import Element
+from cmrhpc.launch.submissions import Submission, read_submissions
+from cmrhpc.workspace import Entry, State, Workspace
+
+RUNNING, WAITING, FAILED = "running", "waiting", "failed"
+KEPT = "; its checkpoint is kept"
+NOT_STARTED = "not started"
+
+
+@dataclass(frozen=True)
+class TaskStatus:
+    """One task that is not done. state: running, waiting or failed. queued: whether Slurm has it, waiting."""
+
+    state: State
+    word: str
+    reason: str
+    log: str = ""  # empty where there is none yet
+    job: str = ""  # as squeue calls it, empty where unknown
+    queued: bool = False
 
 
 @dataclass
 class StageStatus:
-    """Counts of one stage; lines: what is worth reading of its unfinished tasks."""
+    """Counts of one stage and its unfinished tasks. gpu_hours: left, None where nothing is known to estimate it from.
+
+    source: what it is from, in words.
+    """
 
     total: int = 0
     done: int = 0
-    running: int = 0
-    waiting: int = 0
-    failed: int = 0
-    lines: list[str] = field(default_factory=list)
+    tasks: list[TaskStatus] = field(default_factory=list)
+    gpu_hours: float | None = None
+    source: str = ""
 
     @property
     def missing(self) -> int:
         return self.total - self.done
 
+    def count(self, word: str) -> int:
+        return sum(task.word == word for task in self.tasks)
 
-def status(workspace: Workspace) -> dict[str, StageStatus]:
-    """State of every stage: shards say what is done, records and living processes say the rest."""
-    folder = workspace.root / "logs"
-    recorded = set(os.listdir(folder)) if folder.is_dir() else set()
+
+@dataclass
+class Status:
+    """All stages. slurm: empty, or what could not be learnt from Slurm and why. accounting: None where not asked."""
+
+    stages: dict[str, StageStatus]
+    slurm: str = ""
+    accounting: bool | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything runs or waits in a queue, so that looking again makes sense."""
+        return any(task.word == RUNNING or task.queued for row in self.stages.values() for task in row.tasks)
+
+
+def status(workspace: Workspace) -> Status:
+    """State of every stage. Asks Slurm at most twice and accounting once."""
+    own = slurm.queue()  # before the shards: what ends meanwhile is then seen as done
+    states = workspace.states()
+    index = workspace.index()
+    jobs = _Jobs(workspace, own)
+    jobs.look(states, index)
+    if jobs.just_ended(states):
+        states, index = workspace.states(), workspace.index()
     found = {}
-    for stage, states in workspace.states().items():
-        row = StageStatus(total=len(states))
-        for state in states:
-            path = records.record_path(workspace, stage, state.index)
-            record = None if state.done or path.name not in recorded else records.read_record(path)
-            log = workspace.log_path(stage, state.index)
-            if state.done:
-                row.done += 1
-            elif record and record.state == records.RUNNING and record.alive():
-                row.running += 1
-                row.lines.append(f"running  {state.task.title} on {record.host}: {log}")
-            elif record and record.state == records.RUNNING:
-                row.failed += 1
-                row.lines.append(f"failed   {state.task.title}: its process ended without a word (killed?): {log}")
-            elif record and record.state == records.FAILED:
-                row.failed += 1
-                reason = (record.reason.splitlines() or [""])[0]
-                row.lines.append(f"failed   {state.task.title}: {reason}: {log}")
-            else:
-                row.waiting += 1
+    for stage, some in states.items():
+        row = StageStatus(len(some), sum(state.done for state in some))
+        row.tasks = [jobs.judge(state) for state in some if not state.done]
+        took = [index[state.task.output].seconds for state in some if state.done and state.task.output in index]
+        jobs.estimate(stage, row, [seconds for seconds in took if seconds])
         found[stage] = row
-    return found
+    return Status(found, jobs.trouble, jobs.accounting)
 
 
-def print_status(root: str, as_json: bool) -> int:
-    rows = status(Workspace(root))
-    if as_json:
-        keys = ("total", "done", "missing", "running", "waiting", "failed")
-        print(json.dumps({"stages": {stage: {k: getattr(row, k) for k in keys} for stage, row in rows.items()}}))
-        return 0
-    print(f"{'stage':<11}{'total':>7}{'done':>7}{'running':>9}{'waiting':>9}{'failed':>8}")
-    for stage, row in rows.items():
-        print(f"{stage:<11}{row.total:>7}{row.done:>7}{row.running:>9}{row.waiting:>9}{row.failed:>8}")
-    for row in rows.values():
-        for line in row.lines[:10]:
-            print(line)
-        if len(row.lines) > 10:
-            print(f"... and {len(row.lines) - 10} more")
-    return 0
+class _Jobs:
+    """What Slurm and the records say of the tasks that are not done."""
+
+    def __init__(self, workspace: Workspace, own: dict[str, Element] | None):
+        self.workspace = workspace
+        self.own = own
+        self.elements: dict[str, Element] = {}
+        self.submissions = read_submissions(workspace)
+        self.records: dict[tuple[str, int], Record] = {}
+        self.logs: set[str] = set()
+        self.by_task: dict[tuple[str, int], list[tuple[Submission, int]]] = {}
+        self.arrays: dict[str, set[str]] = {}  # stage -> arrays submitted by plain sbatch, whose element is the index
+        self.trouble = ""
+        self.accounting: bool | None = None
+        # Of plain sbatch arrays that have not started the queue shows the name (the stage) and the element alone.
+        self.named = {
+            (element.name, key.partition("_")[2]): (key, element)
+            for key, element in (own or {}).items()
+            if element.waits
+        }
+        for submission in self.submissions:
+            for element, indices in enumerate(submission.elements):
+                for index in indices:
+                    self.by_task.setdefault((submission.stage, index), []).append((submission, element))
+
+    def look(self, states: dict[str, list[State]], index: dict[str, Entry]) -> None:
+        """Read the records of unfinished tasks, and ask Slurm about every job that may be theirs."""
+        folder = self.workspace.root / "logs"
+        self.logs = set(os.listdir(folder)) if folder.is_dir() else set()
+        known = {submission.job for submission in self.submissions}
+        jobs: set[str] = set()
+        for stage, some in states.items():
+            here = self.arrays.setdefault(stage, set())
+            for state in some:
+                if state.done:
+                    here.add(index[state.task.output].job if state.task.output in index else "")
+                    continue
+                path = records.record_path(self.workspace, stage, state.index)
+                record = records.read_record(path) if path.name in self.logs else None
+                if record:
+                    self.records[stage, state.index] = record
+                    jobs.add(record.job)
+                    here.add(record.job if record.element else "")
+                jobs.update(submission.job for submission, _ in self.by_task.get((stage, state.index), ()))
+            here -= known | {""}
+            if not all(state.done for state in some):
+                jobs |= here
+        self._ask(jobs - {""})
+
+    def _ask(self, jobs: set[str]) -> None:
+        if self.own is None:
+            if jobs:
+                why = "does not answer" if slurm.installed() else "is not installed here"
+                self.trouble = f"Slurm {why}: of its jobs the tasks' own records tell, which may be out of date"
+            return
+        self.elements = dict(self.own)
+        answered = {key.partition("_")[0] for key in self.own}
+        if rest := jobs - answered:
+            self.elements.update(slurm.queue(rest) or {})
+        told = slurm.accounting(jobs)
+        self.accounting = told is not None if jobs else None
+        for key, element in (told or {}).items():
+            now = self.elements.get(key)
+            self.elements[key] = element if now is None else _merged(now, element)
+
+    def just_ended(self, states: dict[str, list[State]]) -> bool:
+        """Whether a job of an unfinished task has ended well, so that its shard came while we asked."""
+        unfinished = [state for some in states.values() for state in some if not state.done]
+        return any(e.state == "COMPLETED" for state in unfinished for _, e, _ in self.candidates(state))
+
+    def candidates(self, state: State) -> list[tuple[str, Element, Submission | None]]:
+        """Elements that may run a task, the newest last."""
+        stage, index = state.task.stage, state.index
+        found: dict[str, Submission | None] = {f"{job}_{index}": None for job in self.arrays.get(stage, ())}
+        record = self.records.get((stage, index))
+        if record and record.key:
+            found[record.key] = None
+        for submission, element in self.by_task.get((stage, index), ()):
+            key = submission.key(element)
+            if key not in self.elements and element == 0:
+                key = submission.job  # an array of one that was submitted as a plain job
+            found[key] = submission
+        listed = sorted((key for key in found if key in self.elements), key=_job_number)
+        return [(key, self.elements[key], found[key]) for key in listed]
+
+    def judge(self, state: State) -> TaskStatus:
+        """One unfinished task, from the newest that is known of it."""
+        stage, index = state.task.stage, state.index
+        record = self.records.get((stage, index))
+        path = self.workspace.log_path(stage, index)
+        log = str(path) if path.name in self.logs else ""
+        if record and not record.key and record.state == records.RUNNING and record.alive():
+            return TaskStatus(state, RUNNING, f"on {record.host}", log)
+        candidates = self.candidates(state)
+        alive = [item for item in candidates if not item[1].ended]
+        if alive:
+            key, element, submission = alive[-1]
+            return self._alive(state, record, log, key, element, submission)
+        if candidates and not (record and _newer(record, candidates[-1][0], candidates[-1][2])):
+            key, element, _ = candidates[-1]
+            return self._ended(state, record if record and record.key == key else None, log, key, element)
+        submitted = self.by_task.get((stage, index))
+        last = submitted[-1][0] if submitted and not candidates else None
+        if last and not (record and record.time > last.time):
+            if self.own is None:
+                return TaskStatus(state, WAITING, f"submitted as job {last.job}", log, last.job, queued=True)
+            reason = "its job has left the queue without a word of its task: cancelled, failed, or its node was lost"
+            return TaskStatus(state, FAILED, reason, log, last.job)
+        return self._recorded(state, record, log) if record else self._unknown(state, log)
+
+    def _alive(
+        self, state: State, record: Record | None, log: str, key: str, element: Element, submission: Submission | None
+    ) -> TaskStatus:
+        """Its element runs or waits in the queue."""
+        mine = record if record and record.key == key else None
+        if reasons.never_starts(element):
+            return TaskStatus(state, FAILED, reasons.why_waiting(element), log, key)
+        if not element.waits:
+            if mine and mine.state == records.FAILED:
+                return TaskStatus(state, FAILED, _first_line(mine.reason), log, key)
+            where = f"on {element.node}" if element.node else ""
+            if mine is None or mine.state != records.RUNNING:
+                where = f"starting {where}"
+            word = "" if element.state == "RUNNING" else f" ({element.state.lower()})"
+            return TaskStatus(state, RUNNING, f"{where.strip()}{word}", log, key)
+        reason = reasons.why_waiting(element, submission.depends_on if submission else ())
+        back = reasons.how_requeued(element.before)
+        if mine and mine.state == records.STOPPED:
+            back = f"checkpointed, {back}" if back else "checkpointed and requeued"
+        elif mine and mine.state == records.RUNNING and not back:
+            back = "requeued by Slurm (preempted, or its node failed)"
+        return TaskStatus(state, WAITING, f"{back}; {reason}" if back else reason, log, key, queued=True)
+
+    def _ended(self, state: State, record: Record | None, log: str, key: str, element: Element) -> TaskStatus:
+        """Its newest element has ended, and the shard is not there."""
+        if element.state == "COMPLETED" or (record and record.state == records.DONE):
+            return TaskStatus(state, WAITING, f"{NOT_STARTED}: {state.reason}", log)
+        if record and record.state == records.FAILED and element.state == "FAILED":
+            return TaskStatus(state, FAILED, _first_line(record.reason), log, key)
+        stopped = record and record.state == records.STOPPED
+        if stopped and element.state == "FAILED":  # by its own exit code 75
+            return TaskStatus(state, WAITING, "checkpointed, not requeued: submit again", log, key)
+        return TaskStatus(state, FAILED, f"{reasons.how_ended(element)}{KEPT if stopped else ''}", log, key)
+
+    def _recorded(self, state: State, record: Record, log: str) -> TaskStatus:
+        """Only its record is known: run without Slurm, or Slurm has forgotten its job or does not answer."""
+        if record.state == records.FAILED:
+            return TaskStatus(state, FAILED, _first_line(record.reason), log, record.key)
+        if record.state == records.STOPPED:
+            return TaskStatus(state, WAITING, "checkpointed: run or submit it again", log)
+        if record.state == records.DONE:
+            return TaskStatus(state, WAITING, f"{NOT_STARTED}: {state.reason}", log)
+        if record.key and self.own is not None:
+            reason = "its job has left the queue: killed, cancelled, out of time, or its node was lost"
+            return TaskStatus(state, FAILED, reason, log, record.key)
+        if record.alive():
+            return TaskStatus(state, RUNNING, f"on {record.host}", log, record.key)
+        return TaskStatus(state, FAILED, "its process ended without a word (killed?)", log, record.key)
+
+    def _unknown(self, state: State, log: str) -> TaskStatus:
+        """Nothing is known of it; a job of this user that is named after the stage may be its own."""
+        if maybe := self.named.get((state.task.stage, str(state.index))):
+            job, element = maybe
+            reason = f"perhaps in job {job}: {reasons.why_waiting(element)}"
+            return TaskStatus(state, WAITING, reason, log, job, queued=True)
+        return TaskStatus(state, WAITING, "waits for its inputs" if state.waits_for else NOT_STARTED, log)
+
+    def estimate(self, stage: str, row: StageStatus, took: list[float]) -> None:
+        """GPU-hours of what is missing: from the seconds that done tasks of its stage took, else from time limits."""
+        if stage in ("ingest", "aggregate") or not row.missing:
+            row.gpu_hours = 0.0
+            return
+        last = next((s for s in reversed(self.submissions) if s.stage == stage), None)
+        share = last.gpus / max(map(len, last.elements)) if last and any(last.elements) else 1.0
+        if took:
+            mean = sum(took) / len(took)
+            row.gpu_hours = share * sum(max(0.0, mean - self._spent(task)) for task in row.tasks) / 3600
+            row.source = f"as {len(took)} done tasks took"
+        elif last and last.time_limit_s:
+            row.gpu_hours = share * row.missing * last.time_limit_s / 3600
+            row.source = "at most, from the time limit"
+
+    def _spent(self, task: TaskStatus) -> float:
+        """Seconds that a running task has run."""
+        record = self.records.get((task.state.task.stage, task.state.index))
+        return max(0.0, time.time() - record.time) if record and task.word == RUNNING else 0.0
 
 
-def watch(root: str, seconds: float = 5.0) -> int:
-    """Print the status every few seconds until everything is done."""
-    while True:
-        print("\033[2J\033[H", end="")
-        print_status(root, False)
-        rows = status(Workspace(root))
-        if all(row.done == row.total for row in rows.values()):
-            return 0
-        time.sleep(seconds)
+def _merged(queued: Element, accounted: Element) -> Element:
+    """The queue knows the present, accounting the past: who cancelled, how it ended, earlier runs."""
+    if queued.ended:
+        same = queued.state == accounted.state
+        return replace(accounted, reason=queued.reason) if same else queued
+    late = (accounted.state,) if accounted.ended else ()
+    return replace(queued, before=accounted.before + late)
+
+
+def _newer(record: Record, key: str, submission: Submission | None) -> bool:
+    """Whether a record is of a later try than an element."""
+    if record.job:
+        return record.key != key and _job_number(record.job) > _job_number(key)
+    return record.time > (submission.time if submission else 0.0)
+
+
+def _job_number(key: str) -> int:
+    number = key.partition("_")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or ["it failed without a word"])[0]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +11,7 @@ from cmrhpc.launch import slurm, submissions
 from cmrhpc.launch.slurm import Element, Limits, Partition
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
 from cmrhpc.workspace import Workspace
+from tests.launch.conftest import Put
 
 QUEUE = """\
 13|PENDING|BeginTime||/shared|k.sbatch|(null)
@@ -63,20 +62,6 @@ def test_partitions_as_printed() -> None:
     ]
 
 
-@pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a program of some name in front of the path."""
-
-    def put(name: str, script: str) -> None:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/bash\n{script}\n")
-        path.chmod(0o755)
-
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    return put
-
-
 def test_no_slurm_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert slurm.queue(["1"]) is slurm.accounting(["1"]) is slurm.partitions() is slurm.version() is None
@@ -84,7 +69,7 @@ def test_no_slurm_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.limits() == Limits()
 
 
-def test_slurm_that_hangs_is_left(program) -> None:
+def test_slurm_that_hangs_is_left(program: Put) -> None:
     """Also when it ignores signals and its child holds the output open."""
     program("squeue", "trap '' TERM INT; sleep 1000 & echo 1\\|RUNNING; wait; sleep 1000")
     begun = time.monotonic()
@@ -93,7 +78,7 @@ def test_slurm_that_hangs_is_left(program) -> None:
     assert time.monotonic() - begun < 60  # of the 1000 that it would take
 
 
-def test_slurm_that_complains_is_none(program) -> None:
+def test_slurm_that_complains_is_none(program: Put) -> None:
     program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
     assert slurm.queue(["1"]) is slurm.queue() is None
     program("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
@@ -102,24 +87,17 @@ def test_slurm_that_complains_is_none(program) -> None:
     assert slurm.accounting(["1"]) is None
 
 
-def test_personal_settings_do_not_reach_the_commands(program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_personal_settings_do_not_reach_the_commands(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_FORMAT", "%i")
     monkeypatch.setenv("SACCT_FORMAT", "jobid")
     program("squeue", "[ -z ${SQUEUE_FORMAT+x} ] && [ -z ${SACCT_FORMAT+x} ] && echo '1|RUNNING|None|n1|/|a|(null)'")
     assert slurm.queue() == {"1": Element("RUNNING", node="n1", folder="/", name="a")}
 
 
-def test_nothing_is_asked_of_no_jobs(program) -> None:
+def test_nothing_is_asked_of_no_jobs(program: Put) -> None:
     program("squeue", "exit 9")
     program("sacct", "exit 9")
     assert slurm.queue([]) == slurm.accounting([]) == {}
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, study_text: str) -> Workspace:
-    (tmp_path / "ws").mkdir()
-    (tmp_path / "ws" / "study.toml").write_text(study_text)
-    return Workspace(tmp_path / "ws")
 
 
 def test_submissions_are_read_as_written_and_damaged_ones_ignored(workspace: Workspace) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, roc_auc_score
@@ -136,6 +137,16 @@ def test_a_failed_task_stops_only_what_needs_it(tmp_path: Path) -> None:
     counts = json.loads(cmrhpc("status", root, "--json").stdout)["stages"]
     assert (counts["refine"]["done"], counts["classify"]["failed"]) == (4, 10)
     assert "none.safetensors" in cmrhpc("status", root).stdout
+
+
+def test_hours_that_are_left_come_from_what_done_tasks_took(copied: Path) -> None:
+    shards = sorted(copied.glob("predictions/**/*.h5"))
+    for path in shards[:3]:
+        path.unlink()
+    counts = json.loads(cmrhpc("status", copied, "--json").stdout)["stages"]["classify"]
+    took = [float(h5py.File(path).attrs["seconds"]) for path in shards[3:]]
+    assert counts["gpu_hours_from"] == "as 7 done tasks took"
+    assert counts["gpu_hours_left"] == pytest.approx(3 * sum(took) / len(took) / 3600)
 
 
 def test_jobs_and_commands_are_the_same_code(finished: Path, tmp_path: Path) -> None:

@@ -1,0 +1,262 @@
+"""Every state in words: from a record, from what squeue and sacct say, and from both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from cmrhpc import files
+from cmrhpc.errors import UsageError
+from cmrhpc.launch import records
+from cmrhpc.launch.records import Record
+from cmrhpc.launch.show import as_json, as_text, watch
+from cmrhpc.launch.status import TaskStatus, status
+from cmrhpc.launch.submissions import Submission, write_submission
+from cmrhpc.workspace import Workspace
+from tests.launch.conftest import Put
+
+STAGE = "synthesize"
+FAR = Record(records.RUNNING, "", "far_away", 17, "1", time.time(), "40", "1")  # as element 1 of array 40
+HERE = Record(records.RUNNING, "", files.host_name(), os.getpid(), files.process_start(), time.time())
+OFF = "echo Slurm accounting storage is disabled >&2; exit 1"
+
+
+def note(workspace: Workspace, record: Record, index: int = 1) -> None:
+    path = records.record_path(workspace, STAGE, index)
+    files.atomic_write(path, json.dumps(asdict(record)))
+    path.with_suffix(".log").write_text("")
+
+
+def judged(workspace: Workspace, index: int = 1) -> TaskStatus:
+    return next(task for task in status(workspace).stages[STAGE].tasks if task.state.index == index)
+
+
+SUBMITTED = Submission(
+    "40", STAGE, ((0,), (1,), (2, 3)), time.time() - 50, time_limit_s=7200, gpus=1, depends_on=("39",)
+)
+
+
+@pytest.mark.parametrize(
+    ("state", "queue", "sacct", "expected"),
+    [
+        # In the queue.
+        ("", "PENDING|Priority|", "PENDING|0:0|", ("waiting", "waits in the queue: other jobs go first (Priority)")),
+        ("", "PENDING|Resources|", "", ("waiting", "waits in the queue: no free resources (Resources)")),
+        ("", "PENDING|Dependency|", "", ("waiting", "waits for another job, 39 (Dependency)")),
+        ("", "PENDING|AssocGrpGRES|", "", ("waiting", "a limit of the user, account or quality of service")),
+        ("", "PENDING|SomethingNew|", "", ("waiting", "waits in the queue (SomethingNew)")),
+        ("", "PENDING|DependencyNeverSatisfied|", "", ("failed", "never starts, a job it waits for failed")),
+        # Back in the queue.
+        ("stopped", "PENDING|BeginTime|", "", ("waiting", "checkpointed and requeued; waits in the queue")),
+        (
+            "stopped",
+            "PENDING|Priority|",
+            "PREEMPTED|0:0|n1",
+            ("waiting", "checkpointed, preempted by another job and req"),
+        ),
+        ("running", "PENDING|BeginTime|", "", ("waiting", "requeued by Slurm (preempted, or its node failed)")),
+        ("running", "PENDING|BeginTime|", "NODE_FAIL|1:0|n1", ("waiting", "its node failed, requeued; waits")),
+        # Running.
+        ("running", "RUNNING|None|n1", "", ("running", "on n1")),
+        ("", "RUNNING|None|n1", "", ("running", "starting on n1")),
+        ("stopped", "RUNNING|None|n2", "", ("running", "starting on n2")),
+        ("running", "COMPLETING|None|n1", "", ("running", "on n1 (completing)")),
+        ("failed", "RUNNING|None|n1", "", ("failed", "the reason of the record")),
+        # Ended, as the queue or accounting or both remember.
+        ("running", "CANCELLED|None|n1", "CANCELLED by 0|0:15|n1", ("failed", "cancelled by user root")),
+        ("running", "CANCELLED|None|n1", "", ("failed", "cancelled")),
+        ("", "", "CANCELLED by 4294967|0:0|", ("failed", "cancelled by user 4294967")),
+        ("stopped", "", "CANCELLED by 0|0:15|n1", ("failed", "cancelled by user root; its checkpoint is kept")),
+        ("", "CANCELLED|DependencyNeverSatisfied|", "", ("failed", "cancelled by Slurm: a job it waited for failed")),
+        ("running", "", "OUT_OF_MEMORY|0:125|n1", ("failed", "out of memory: submit again with more")),
+        ("running", "TIMEOUT|None|n1", "TIMEOUT|0:0|n1", ("failed", "out of time: its job reached its time limit")),
+        ("stopped", "", "TIMEOUT|0:0|n1", ("failed", "reached its time limit; its checkpoint is kept")),
+        ("running", "", "NODE_FAIL|1:0|n1", ("failed", "its node failed")),
+        ("running", "", "FAILED|0:9|n1", ("failed", "its process was ended by SIGKILL (killed, or out of memory)")),
+        ("running", "", "FAILED|137:0|n1", ("failed", "its process was ended by SIGKILL (killed, or out of memory)")),
+        ("", "", "FAILED|255:0|n1", ("failed", "its job failed with exit code 255")),
+        ("failed", "FAILED|None|n1", "", ("failed", "the reason of the record")),
+        ("failed", "", "OUT_OF_MEMORY|0:125|n1", ("failed", "out of memory")),
+        ("stopped", "", "FAILED|75:0|n1", ("waiting", "checkpointed, not requeued: submit again")),
+        ("done", "COMPLETED|None|n1", "", ("waiting", "not started: missing")),
+        # Forgotten by Slurm, which answers.
+        ("running", "", "", ("failed", "its job has left the queue: killed, cancelled, out of time")),
+        ("stopped", "", "", ("waiting", "checkpointed: run or submit it again")),
+        ("failed", "", "", ("failed", "the reason of the record")),
+        ("", "", "", ("failed", "its job has left the queue without a word")),
+    ],
+)
+def test_states(
+    workspace: Workspace, program: Put, state: str, queue: str, sacct: str, expected: tuple[str, str]
+) -> None:
+    write_submission(workspace, SUBMITTED)
+    if state:
+        note(workspace, replace(FAR, state=state, reason="the reason of the record\nand more"))
+    program("squeue", f"echo '40_1|{queue}|/|cmrhpc|(null)'" if queue else "exit 0")
+    # Where accounting says nothing, it may as well be off.
+    for accounting in [f"echo '40_1|{sacct}'"] if sacct else ["exit 0", OFF]:
+        program("sacct", accounting)
+        found = judged(workspace)
+        assert found.word == expected[0]
+        assert expected[1] in found.reason
+        assert "and more" not in found.reason
+        assert found.log == (str(workspace.log_path(STAGE, 1)) if state else "")
+
+
+def test_slurm_that_does_not_answer(workspace: Workspace, program: Put) -> None:
+    program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    write_submission(workspace, replace(SUBMITTED, time=time.time() - 3 * files.DAY))
+    note(workspace, FAR)
+    note(workspace, replace(FAR, time=time.time() - 2 * files.DAY, element="0"), 0)
+    found = status(workspace)
+    assert "Slurm does not answer" in found.slurm
+    assert [(t.word, t.reason) for t in found.stages[STAGE].tasks] == [
+        ("failed", "its process ended without a word (killed?)"),
+        ("running", "on far_away"),
+        ("waiting", "submitted as job 40"),
+        ("waiting", "submitted as job 40"),
+    ]
+
+
+def test_without_slurm_the_process_is_asked(workspace: Workspace) -> None:
+    note(workspace, HERE)
+    note(workspace, replace(HERE, pid=2**30), 0)
+    found = status(workspace)
+    assert found.slurm == ""
+    assert [(t.word, t.reason) for t in found.stages[STAGE].tasks][:3] == [
+        ("failed", "its process ended without a word (killed?)"),
+        ("running", f"on {files.host_name()}"),
+        ("waiting", "waits for its inputs"),
+    ]
+
+
+def test_plain_arrays_are_known_by_their_records(workspace: Workspace, program: Put) -> None:
+    """Tasks 0 and 2 of the same array have no record yet."""
+    note(workspace, FAR)
+    program("squeue", "printf '40_%s|PENDING|Resources||/|x|(null)\\n' 0 2; echo '40_1|RUNNING|None|n2|/|x|(null)'")
+    program("sacct", OFF)
+    assert [(t.word, t.job) for t in status(workspace).stages[STAGE].tasks] == [
+        ("waiting", "40_0"),
+        ("running", "40_1"),
+        ("waiting", "40_2"),
+        ("waiting", ""),
+    ]
+
+
+def test_array_that_has_not_begun_is_guessed_by_its_name(workspace: Workspace, program: Put) -> None:
+    program("squeue", f"echo '40_3|PENDING|Resources||/|{STAGE}|(null)'")
+    assert "perhaps in job 40_3: waits in the queue: no free" in judged(workspace, 3).reason
+    assert "perhaps" not in judged(workspace, 2).reason
+
+
+def test_several_tasks_of_one_element(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, SUBMITTED)
+    program("squeue", "echo '40_2|RUNNING|None|n1|/|x|(null)'")
+    program("sacct", "exit 0")
+    assert [(judged(workspace, index).word, judged(workspace, index).job) for index in (2, 3)] == [
+        ("running", "40_2")
+    ] * 2
+
+
+def test_array_of_one_without_a_number(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, Submission("41", STAGE, ((1,),), time.time()))
+    program("squeue", "echo '41|RUNNING|None|n1|/|x|(null)'")
+    program("sacct", "exit 0")
+    assert judged(workspace).job == "41"
+
+
+@pytest.mark.parametrize(
+    ("newer", "expected"),
+    [
+        ("echo '50_1|PENDING|Priority||/|x|(null)'", ("waiting", "50_1")),
+        ("echo '50_1|CANCELLED|None||/|x|(null)'", ("failed", "50_1")),
+        ("echo '50_1|PENDING|Priority||/|x|(null)'; echo '40_1|RUNNING|None|n1|/|x|(null)'", ("waiting", "50_1")),
+        ("echo '40_1|RUNNING|None|n1|/|x|(null)'; echo '50_1|CANCELLED|None||/|x|(null)'", ("running", "40_1")),
+    ],
+)
+def test_the_newest_try_counts_and_one_that_lives_first(
+    workspace: Workspace, program: Put, newer: str, expected: tuple[str, str]
+) -> None:
+    write_submission(workspace, SUBMITTED)
+    write_submission(workspace, replace(SUBMITTED, job="50", time=SUBMITTED.time + 10))
+    note(workspace, replace(FAR, state="failed", reason="before") if "40_1|RUNNING" not in newer else FAR)
+    program("squeue", newer)
+    program("sacct", OFF)
+    assert (judged(workspace).word, judged(workspace).job) == expected
+
+
+def test_a_later_run_by_hand_counts(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, SUBMITTED)
+    program("squeue", "echo '40_1|CANCELLED|None|n1|/|x|(null)'")
+    program("sacct", OFF)
+    note(workspace, replace(HERE, state="failed", reason="by hand"))
+    assert judged(workspace).reason == "by hand"
+    note(workspace, HERE)
+    assert judged(workspace).word == "running"
+
+
+def test_json_and_text_agree(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, SUBMITTED)
+    note(workspace, replace(FAR, state="failed", reason="a word"))
+    program("squeue", "printf '40_%s|PENDING|Priority||/|x|(null)\\n' 0 2")
+    program("sacct", OFF)
+    found = status(workspace)
+    told = as_json(found)
+    counts = told["stages"][STAGE]
+    assert (counts["total"], counts["done"], counts["missing"]) == (4, 0, 4)
+    assert (counts["running"], counts["waiting"], counts["failed"]) == (0, 3, 1)
+    # Two hours for each, two of them on one GPU.
+    assert (counts["gpu_hours_left"], counts["gpu_hours_from"]) == (4.0, "at most, from the time limit")
+    assert told["stages"]["refine"]["gpu_hours_left"] is None
+    assert told["accounting"] is False
+    log = workspace.log_path(STAGE, 1)
+    assert as_text(found).splitlines()[:3] == [
+        "stage        total   done  running  waiting  failed  GPU-hours left",
+        "ingest           1      0        0        1       0               0",
+        "synthesize       4      0        0        3       1             4.0  at most, from the time limit",
+    ]
+    assert f"failed   dae-gan fold 0 repeat 0 class 1 (job 40_1): a word: {log}" in as_text(found)
+    words = "waiting  dae-gan fold 0 repeat 0 class 0 and 2 more of synthesize: waits in the queue: other jobs go first"
+    assert f"{words} (Priority)" in as_text(found)
+
+
+def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
+    workspace: Workspace, program: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_submission(workspace, SUBMITTED)
+    left = tmp_path / "left"
+    left.write_text("xxx")
+    program("squeue", f"[ -s {left} ] && echo '40_1|RUNNING|None|n1|/|x|(null)'; sed -i s/.// {left}; exit 0")
+    program("sacct", OFF)
+    assert watch(str(workspace.root), seconds=0) == 0
+    said = capsys.readouterr().out
+    assert said.count("running  dae-gan fold 0 repeat 0 class 1 (job 40_1): starting on n1") == 1
+    assert "failed   dae-gan fold 0 repeat 0 class 0 and 3 more of synthesize: its job has left the queue" in said
+
+
+def test_watch_is_left_with_ctrl_c(workspace: Workspace) -> None:
+    import signal
+    import sys
+
+    note(workspace, HERE)
+    command = [sys.executable, "-m", "cmrhpc.cli", "status", str(workspace.root), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline().startswith("stage")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "interrupted\n"
+
+
+def test_watch_and_json_do_not_go_together(workspace: Workspace) -> None:
+    from cmrhpc.cli import main, parser
+
+    assert main(["status", str(workspace.root), "--watch", "--json"]) == UsageError.exit_code
+    assert parser().parse_args(["status", "x", "--watch"]).watch
