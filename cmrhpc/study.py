@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tomllib
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cmrhpc.errors import BadInput
-from cmrhpc.near import did_you_mean
+from cmrhpc.typed import build, element, setting, unknown
 
 STUDIES = Path(__file__).parent / "studies"
 MUTATIONS = ("minimax", "heuristic", "least-squares")
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
-
-
-def setting(
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field with its allowed range (ends included) or its choices."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -191,7 +177,7 @@ class Study:
     @staticmethod
     def from_json(values: dict[str, Any], where: str = "study") -> Study:
         """The study that `to_json` wrote. Raises BadInput when it is not one."""
-        return _check_study(_build(Study, values, where, ""), where)
+        return _check_study(build(Study, values, where, ""), where)
 
 
 # What each generator is; a study's own [generators.NAME] table changes single settings.
@@ -257,9 +243,9 @@ def parse_study(text: str, where: str = "study.toml") -> Study:
             raise BadInput(f"[{table}] must hold tables", f"{where} [{table}]", f"write [{table}.NAME]")
         for name, own in named.items():
             if name not in presets:
-                raise _unknown(name, presets, f"{where} [{table}]")
+                raise unknown(name, presets, f"{where} [{table}]")
             named[name] = presets[name] | own
-    return _check_study(_build(Study, values, where, ""), where)
+    return _check_study(build(Study, values, where, ""), where)
 
 
 def _check_study(study: Study, where: str) -> Study:
@@ -280,7 +266,7 @@ def _check_study(study: Study, where: str) -> Study:
         raise wrong("no arm", "[[arms]]", "add at least the arm none")
     cells: set[tuple[str, float]] = set()
     for number, arm in enumerate(study.arms, 1):
-        key = f"[[arms]] number {number}"
+        key = element("arms", number, arm.name)
         parts = arm_parts(arm.name, study, f"{where} {key}")
         if not arm.ratios or len(set(arm.ratios)) != len(arm.ratios):
             raise wrong(f'arm "{arm.name}" needs different ratios', key, "for example ratios = [1, 3]")
@@ -303,7 +289,7 @@ def _check_study(study: Study, where: str) -> Study:
                 "add it under [[arms]] or name another",
             )
     if study.primary.classifier not in study.classifiers:
-        raise _unknown(study.primary.classifier, study.classifiers, f"{where} [primary] classifier")
+        raise unknown(study.primary.classifier, study.classifiers, f"{where} [primary] classifier")
     for name, generator in study.generators.items():
         if len(set(generator.mutations)) != len(generator.mutations) or not generator.mutations:
             raise wrong("mutations must be different, and at least one", f"[generators.{name}] mutations", "see --help")
@@ -337,66 +323,3 @@ def cell_of(name: str, ratio: float, parts: ArmParts) -> tuple[str, float]:
     if ratio == 0 and (parts.generator or parts.repeat_real):
         return ("affine" if parts.affine else "none", 0.0)
     return (name, ratio)
-
-
-T = TypeVar("T")
-
-
-def _unknown(key: str, known: Any, where: str) -> BadInput:
-    return BadInput(f'unknown key "{key}"', where, f"{did_you_mean(key, known)}known: {', '.join(known)}")
-
-
-def _build(kind: type[T], values: Any, where: str, table: str) -> T:
-    """A dataclass from a table, every key, type and range checked; `table` is the TOML path for messages."""
-    place = f"{where} [{table}]" if table else where
-    if not isinstance(values, dict):
-        raise BadInput(f"[{table}] must be a table", place, f"write [{table}] and its keys below")
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
-    for key in values:
-        if key not in fields:
-            raise _unknown(key, fields, place)
-    hints = typing.get_type_hints(kind)
-    made: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in values:
-            path = f"{table}.{name}" if table else name
-            made[name] = _value(hints[name], values[name], where, path, field.metadata)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise BadInput(f'"{name}" is missing', place, f"add {name} = ...")
-    return kind(**made)
-
-
-def _value(hint: Any, value: Any, where: str, path: str, limits: Any) -> Any:
-    place = f"{where} {path}"
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where, path)
-    if origin is types.UnionType:  # X | None
-        return None if value is None else _value(inner[0], value, where, path, limits)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise BadInput(f"must be a list, not {value!r}", place, "write [a, b]")
-        return tuple(_value(inner[0], v, where, f"{path}[{i}]", limits) for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise BadInput(f"must be a table, not {value!r}", place, "write key = value below its heading")
-        return {str(k): _value(inner[1], v, where, f"{path}.{k}", limits) for k, v in value.items()}
-    right = isinstance(value, hint) if hint is not float else isinstance(value, int | float)
-    if not right or (isinstance(value, bool) and hint is not bool):
-        raise BadInput(f"must be {_NAMES[hint]}, not {value!r}", place, f"write {_NAMES[hint]}")
-    if hint is float:
-        value = float(value) if abs(value) < 1e300 else math.inf
-        if not math.isfinite(value):
-            raise BadInput(f"must be a finite number, not {value}", place, "write a number")
-    low, high, choices = limits.get("low"), limits.get("high"), limits.get("choices", ())
-    if (low is not None and value < low) or (high is not None and value > high):
-        allowed = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
-        raise BadInput(f"{value} is out of range", place, f"allowed: {allowed}")
-    if choices and value not in choices:
-        raise BadInput(f'"{value}" is no choice', place, f"allowed: {', '.join(choices)}")
-    if hint is str and (len(value) > 4096 or any(ord(c) < 32 or ord(c) == 127 for c in value)):
-        raise BadInput("control characters or more than 4,096 characters", place, "write plain text")
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
