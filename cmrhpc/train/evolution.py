@@ -60,6 +60,15 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def _as_channels_last(x: Tensor) -> Tensor:
+    """Images (N, 1, H, W) with strides that say channels-last: with one channel both layouts are the same bytes, and
+    convolutions would take the strides of the other one for a wish to have it in their output too."""
+    if x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous():
+        n, c, h, w = x.shape
+        return x.as_strided(x.shape, (h * w, 1, w, 1))
+    return x
+
+
 class Evolution:
     """Parents, their optimizer states, the discriminator and its own, and the generation step on them.
 
@@ -126,7 +135,7 @@ class Evolution:
 
     def _run(self, module: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(output, class logits or None) in float32 or wider; bfloat16 inside in fast mode."""
-        given = [x for x in inputs if x is not None]
+        given = [_as_channels_last(x) for x in inputs if x is not None]
         with torch.autocast(given[0].device.type, dtype=torch.bfloat16, enabled=self.fast):
             out = module(*given)
         out, classes = out if isinstance(out, tuple) else (out, None)
