@@ -64,8 +64,8 @@ def _as_channels_last(x: Tensor) -> Tensor:
     """Images (N, 1, H, W) with strides that say channels-last: with one channel both layouts are the same bytes, and
     convolutions would take the strides of the other one for a wish to have it in their output too."""
     if x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous():
-        n, c, h, w = x.shape
-        return x.as_strided(x.shape, (h * w, 1, w, 1))
+        height, width = x.shape[2:]
+        return x.as_strided(x.shape, (height * width, 1, width, 1))
     return x
 
 
