@@ -108,6 +108,7 @@ def plan(args: argparse.Namespace) -> int:
 def task(args: argparse.Namespace) -> int:
     with held():  # an interrupted import prints a traceback of its own
         from cmrhpc.launch import records
+        from cmrhpc.launch.display import lines_of_one_task
         from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
         from cmrhpc.workspace import Workspace
 
@@ -117,7 +118,7 @@ def task(args: argparse.Namespace) -> int:
     with stop_on_signals(request):
         records.write_record(workspace, args.stage, index, records.RUNNING)
         try:
-            message = run_task(workspace, args.stage, index, should_stop=request)
+            message = run_task(workspace, args.stage, index, lines_of_one_task(), request)
         except Checkpointed as error:
             records.write_record(workspace, args.stage, index, records.STOPPED, error.what)
             if request.number == signal.SIGINT:
@@ -155,10 +156,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{word}: what was finished is kept; `cmrhpc run` goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED if interrupted else Checkpointed.exit_code
     if summary.failed or summary.missing:
-        lines = [f"{title}: {reason.splitlines()[0]} (log: {log})" for title, reason, log in summary.failed]
-        lines += [f"{title}: not started, its inputs are missing" for title in summary.missing]
-        what = f"{len(summary.failed)} tasks failed, {len(summary.missing)} could not start"
-        raise Incomplete(what, "\n         ".join(lines[:20]), "see the logs, then run the same command again")
+        from cmrhpc.launch.failures import told
+
+        mend = "mend each cause, then run the same command again: what is done is kept"
+        raise Incomplete(told(summary.failed, summary.missing), "", mend)
     return 0
 
 

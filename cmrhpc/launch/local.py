@@ -26,6 +26,7 @@ from cmrhpc import plan as planning
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Incomplete
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
+from cmrhpc.launch.failures import Failure
 from cmrhpc.plan import COHORT, FOLDS, STAGES
 from cmrhpc.signals import STOP_SIGNALS, held, let_through
 from cmrhpc.workspace import State, Workspace
@@ -33,16 +34,21 @@ from cmrhpc.workspace import State, Workspace
 
 @dataclass
 class Summary:
-    """What a run did. failed: (title, reason, log path) per task; missing: tasks that did not start."""
+    """What a run did. missing: titles of tasks that did not start."""
 
     done: int = 0
     already: int = 0
-    failed: list[tuple[str, str, str]] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     stopped_by: int = 0  # the signal that asked the run to stop
 
 
-KILLED = (records.FAILED, "the process ended without a word (killed, or out of memory)")
+KILLED = (
+    records.FAILED,
+    "the process ended without a word (killed, or out of memory)",
+    "",
+    "see the end of its log, and the system's log for a lack of memory",
+)
 
 
 @dataclass
@@ -50,7 +56,7 @@ class _Running:
     state: State
     process: BaseProcess
     messages: Connection
-    outcome: tuple[str, str] = KILLED
+    outcome: tuple[str, ...] = KILLED  # done or stopped with a message; failed with what, where and mend
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -70,7 +76,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     files.remove_stale(workspace.root)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cmrhpc.launch.preload"] if torch_there else [])
-    display = Display(states, plain)
+    display = Display(states, plain, jobs)
     made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
     running: dict[Connection, _Running] = {}
     stop = _StopFlag()
@@ -107,14 +113,15 @@ def _made_by_ingest(states: dict[str, list[State]]) -> set[str]:
 
 
 def _next_ready(workspace: Workspace, todo: list[State], made: set[str], busy: bool) -> State | None:
-    """The first task whose inputs are all there; the report comes last, and in any case."""
+    """The first task whose inputs are all there; the report comes last, with whatever predictions there are."""
     for state in todo:
         if state.task.stage == "aggregate":
             continue
         if all(path in made for path in planning.inputs(workspace.study, state.task)):
             return state
     only_report = [s for s in todo if s.task.stage == "aggregate"]
-    return only_report[0] if only_report and not busy and made - {COHORT, FOLDS} else None
+    some = any(path.startswith("predictions/") for path in made)
+    return only_report[0] if only_report and not busy and some else None
 
 
 def _start_server(context: Any, stop: _StopFlag) -> None:
@@ -171,7 +178,7 @@ def _listen(task: _Running, display: Display) -> bool:
     if kind == "progress":
         display.progress(task.state, *values)
     else:
-        task.outcome = (kind, values[0])
+        task.outcome = (kind, *values)
     return True
 
 
@@ -179,7 +186,7 @@ def _finish(
     workspace: Workspace, task: _Running, made: set[str], summary: Summary, display: Display, stopping: bool
 ) -> None:
     task.process.join()
-    outcome, reason = task.outcome
+    outcome, reason, *more = task.outcome
     if task.outcome == KILLED and stopping:
         outcome, reason = records.STOPPED, "ended before it could save a checkpoint"
         records.write_record(workspace, task.state.task.stage, task.state.index, outcome, reason)
@@ -189,8 +196,10 @@ def _finish(
         summary.done += 1
     elif outcome == records.FAILED:
         log = workspace.log_path(state.task.stage, state.index)
-        summary.failed.append((state.task.title, reason, str(log)))
-        records.write_record(workspace, state.task.stage, state.index, records.FAILED, reason)
+        where, mend = more
+        summary.failed.append(Failure(state.task.title, reason, where, mend, str(log)))
+        told = str(CmrhpcError(reason, where, mend))
+        records.write_record(workspace, state.task.stage, state.index, records.FAILED, told)
     else:
         summary.missing.append(state.task.title)
     display.finished(state, outcome, reason, time.monotonic() - task.begun)
@@ -257,10 +266,11 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
             tell(records.STOPPED, error.what)
         except CmrhpcError as error:
             print(error)
-            tell(records.FAILED, str(error))
+            tell(records.FAILED, error.what, error.where, error.mend)
         except BaseException as error:
             traceback.print_exc()
-            tell(records.FAILED, f"{type(error).__name__}: {error}")
+            mend = "the log holds the traceback; this is a fault of the program"
+            tell(records.FAILED, f"{type(error).__name__}: {error}", "", mend)
     messages.close()
 
 

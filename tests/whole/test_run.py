@@ -134,6 +134,11 @@ def test_a_failed_task_stops_only_what_needs_it(tmp_path: Path) -> None:
     done = cmrhpc("run", root, check=False)
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
+    # One failure of ten tasks is told once, with all of its message and where to read more.
+    assert "10 tasks failed, 1 could not start" in done.stderr
+    assert done.stderr.count("10 tasks: ") == 1
+    for words in ("none.safetensors", "    mend:  ", "    log:   ", "logs/classify_0.log", "and 7 more"):
+        assert words in done.stderr, done.stderr
     counts = json.loads(cmrhpc("status", root, "--json").stdout)["stages"]
     assert (counts["refine"]["done"], counts["classify"]["failed"]) == (4, 10)
     assert "none.safetensors" in cmrhpc("status", root).stdout
