@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ShardDataset", "load_study", "plan"]
+__all__ = ["ShardDataset", "load_study", "plan", "submit"]
 
 _HOME = {
     "load_study": ("cmrhpc.study", "load_study"),
     "plan": ("cmrhpc.workspace", "plan"),
+    "submit": ("cmrhpc.launch.executors", "submit"),
     "ShardDataset": ("cmrhpc.data.dataset", "ShardDataset"),
 }
 

@@ -163,6 +163,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def submit(args: argparse.Namespace) -> int:
+    from cmrhpc.launch.verb import submit as submit_missing
+
+    return submit_missing(args.workspace, args.profile, args.dry_run, args.yes, args.json)
+
+
 def status(args: argparse.Namespace) -> int:
     from cmrhpc.launch.show import print_status, watch
 
@@ -249,7 +255,10 @@ def _array_index(given: int | None, stage: str) -> int:
     text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not text.isdigit():
         raise UsageError("which task?", f"stage {stage}", "give --index I, or run in a Slurm array")
-    return int(text)
+    offset = os.environ.get("CMRHPC_OFFSET") or "0"
+    if not offset.isdigit():
+        raise UsageError(f'"{offset}" is no number', "CMRHPC_OFFSET", "set it to what `cmrhpc plan --offset` printed")
+    return int(text) + int(offset)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -318,6 +327,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("workspace", metavar="WORKSPACE")
     p.add_argument("--jobs", type=int, default=0, metavar="N", help="tasks at once (default: cores / threads per task)")
     p.add_argument("--plain", action="store_true", help="plain lines instead of bars")
+
+    p = verb("submit", submit, "everything missing, on Slurm through submitit", "cmrhpc submit ws --profile mycluster")
+    p.add_argument("workspace", metavar="WORKSPACE")
+    p.add_argument("--profile", required=True, metavar="P", help="a file, or a name from slurm/profiles")
+    p.add_argument("--dry-run", action="store_true", help="print the sbatch files, checked by Slurm, and send nothing")
+    p.add_argument("--yes", action="store_true", help="send without asking")
+    p.add_argument("--json", action="store_true")
 
     p = verb("status", status, "done / running / waiting / failed per stage", "cmrhpc status ws --watch")
     p.add_argument("workspace", metavar="WORKSPACE")

@@ -27,6 +27,7 @@ class Submission:
     job: Slurm's number. cluster: its name, empty where unknown. elements: element k runs the task indices elements[k]
     of `stage`, several where tasks share a GPU. time: seconds since 1970. time_limit_s: what one element may take, 0
     where unknown. memory: as sbatch takes it. gpus: per element. depends_on: jobs that it waits for.
+    name: of the job; no other has it.
     """
 
     job: str
@@ -39,10 +40,11 @@ class Submission:
     memory: str = ""
     gpus: int = 0
     depends_on: tuple[str, ...] = ()
+    name: str = ""
 
     def key(self, element: int) -> str:
-        """How squeue and sacct call an element, as `slurm.queue` keys it."""
-        return f"{self.job}_{element}"
+        """How squeue and sacct call an element, as `slurm.queue` keys it. An array of one element is a plain job."""
+        return f"{self.job}_{element}" if len(self.elements) > 1 else self.job
 
 
 def folder(workspace: Workspace) -> Path:
@@ -70,7 +72,7 @@ def _read(path: Path) -> Submission | None:
         told["elements"] = tuple(tuple(int(index) for index in element) for element in told["elements"])
         told["depends_on"] = tuple(str(job) for job in told["depends_on"])
         made = Submission(**told)
-        texts = (made.job, made.cluster, made.profile, made.memory)
+        texts = (made.job, made.cluster, made.profile, made.memory, made.name)
         right = all(isinstance(text, str) for text in texts) and made.job == path.stem and made.stage in STAGES
         right = right and all(isinstance(number, int | float) for number in (made.time, made.time_limit_s, made.gpus))
         return made if right else None

@@ -1,0 +1,101 @@
+"""One submission at a time per workspace, without file locks, which many cluster file systems do not keep.
+
+Claims are numbered files in `submissions/claim/`. The highest one holds, until it is released, its process is gone from
+this host, or, from another host, it was not renewed for ten minutes. Taking over means to create the next number, which
+only one process can do; so nobody ever removes a claim that somebody else has just made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cmrhpc import files
+from cmrhpc.errors import Incomplete
+
+PATIENCE_S = 600.0
+_NAME = re.compile(r"(\d{8})\.json")
+
+
+class Claim:
+    """A claim that this process holds."""
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number = folder, number
+
+    def renew(self) -> None:
+        """Say that we are still here. Raises Incomplete when another submission took over meanwhile."""
+        if _numbers(self.folder)[-1:] != [self.number]:
+            what = "another `cmrhpc submit` took over, because this one was not heard of for ten minutes"
+            raise Incomplete(what, str(self.folder), "run the same command again")
+        self._write(released=False)
+
+    def release(self) -> None:
+        self._write(released=True)
+
+    def _write(self, released: bool) -> None:
+        files.atomic_write(_path(self.folder, self.number), json.dumps(_ourselves() | {"released": released}))
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Claim]:
+    """Hold the claim of a folder. Raises Incomplete when another process does."""
+    claim = _take(folder)
+    try:
+        yield claim
+    finally:
+        claim.release()
+
+
+def _take(folder: Path) -> Claim:
+    while True:
+        numbers = _numbers(folder)
+        last = numbers[-1] if numbers else 0
+        if last and (holder := _holder(_path(folder, last))):
+            what = f"another `cmrhpc submit` is at work in this workspace: {holder}"
+            raise Incomplete(what, str(_path(folder, last)), "wait for its end, then run the same command again")
+        if not files.create_once(_path(folder, last + 1), json.dumps(_ourselves() | {"released": False})):
+            continue
+        # Who looked long ago may create a number that was used and removed meanwhile: only the highest holds.
+        if _numbers(folder)[-1] == last + 1:
+            for old in numbers:
+                _path(folder, old).unlink(missing_ok=True)
+            return Claim(folder, last + 1)
+        _path(folder, last + 1).unlink(missing_ok=True)
+
+
+def _numbers(folder: Path) -> list[int]:
+    try:
+        return sorted(int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)))
+    except FileNotFoundError:
+        return []
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.json"
+
+
+def _ourselves() -> dict[str, Any]:
+    return {"host": files.host_name(), "pid": os.getpid(), "start": files.process_start(), "time": time.time()}
+
+
+def _holder(path: Path) -> str:
+    """Who holds this claim, in words; empty when nobody does any more."""
+    try:
+        told = json.loads(path.read_text())
+        age = time.time() - float(told["time"])
+        if told["released"]:
+            return ""
+        if told["host"] == files.host_name():
+            alive = files.process_start(int(told["pid"])) == told["start"]
+        else:
+            alive = age < PATIENCE_S
+        return f"process {told['pid']} on {told['host']}" if alive else ""
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return ""

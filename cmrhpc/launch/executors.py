@@ -1,0 +1,114 @@
+"""`submit` from Python, with any executor of submitit that the user already has."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmrhpc.launch import claim, slurm
+from cmrhpc.launch.arrays import Array, plan_arrays
+from cmrhpc.launch.element import run_element
+from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings
+from cmrhpc.launch.submissions import Submission
+from cmrhpc.launch.submit import submit_all
+from cmrhpc.plan import STAGES
+from cmrhpc.profile import Profile, load_profile, parse_profile
+from cmrhpc.workspace import Workspace
+
+if TYPE_CHECKING:
+    from submitit import Executor, Job
+
+
+def submit(
+    workspace: str | Path | Workspace, executor: Executor, profile: str | Path | Profile | None = None
+) -> list[Job[str]]:
+    """Everything missing in a workspace, through an executor of submitit; returns its jobs, one per array element.
+
+    With Slurm (SlurmExecutor, AutoExecutor) the jobs are arrays with dependencies, as `cmrhpc submit` sends them, and
+    this returns when they are sent. Every other executor (LocalExecutor, DebugExecutor) knows no dependencies: the
+    arrays run one after the other, as many tasks at once as there are cores for, and this returns at their end.
+
+    profile: a name, path or Profile, whose resources, container and tasks_per_gpu are used. Without one the executor's
+    own parameters serve for every stage, and tasks run in the current environment.
+    Raises Incomplete when Slurm does not answer, another submission is at work, or the cluster takes no more jobs.
+    """
+    from submitit import SlurmExecutor
+
+    place = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
+    known = load_profile(profile) if isinstance(profile, str | Path) else profile
+    inner: Any = getattr(executor, "_executor", executor)  # AutoExecutor holds the one that it chose
+    if isinstance(inner, SlurmExecutor):
+        return _with_slurm(place, inner, known)
+    return _one_after_the_other(place, inner, known or parse_profile(""))
+
+
+def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) -> list[Job[str]]:
+    token = secrets.token_hex(4)
+    used = profile or parse_profile("")
+
+    def send(array: Array, jobs: Mapping[str, str]) -> list[Job[str]]:
+        depends_on = dependency(array, jobs)
+        make = (lambda: parameters(workspace, array, profile, token, depends_on)) if profile else None
+        asked = make() if make else own_parameters(workspace, array, token, depends_on)
+        with _changed(executor, asked):
+            minutes = executor.parameters.get("time", 5)
+            note = Submission(
+                job="",
+                stage=array.stage,
+                elements=array.elements,
+                time=time.time(),
+                profile=used.name,
+                time_limit_s=60 * minutes if isinstance(minutes, int) else 0,
+                memory=str(executor.parameters.get("mem") or ""),
+                gpus=used.resources(array.stage).gpus if profile else 0,
+                depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
+                name=f"{array.name}-{token}",
+            )
+            return send_with(workspace, note, executor, settings(workspace, used, array.stage))
+
+    sent = submit_all(workspace, used, slurm.limits(), send)
+    return [job for _, jobs in sent for job in jobs]
+
+
+def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) -> list[Job[str]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = max(1, cores // workspace.study.compute.threads)
+    found: list[Job[str]] = []
+    with claim.hold(workspace.root / "submissions" / "claim") as ours:
+        states = workspace.states()
+        missing = {stage: [s for s in states[stage] if not s.done] for stage in STAGES}
+        if any(missing[stage] for stage in STAGES if stage != "aggregate"):
+            missing["aggregate"] = list(states["aggregate"])
+        for array in plan_arrays(missing, profile):
+            variables = settings(workspace, profile, array.stage)
+            with _changed(executor, {"timeout_min": array.ask.seconds / 60}, only_new=True):
+                for i in range(0, len(array.elements), at_once):
+                    ours.renew()
+                    part = [list(element) for element in array.elements[i : i + at_once]]
+                    n = len(part)
+                    jobs = executor.map_array(
+                        run_element, [str(workspace.root)] * n, [array.stage] * n, part, [variables] * n
+                    )
+                    for job in jobs:
+                        job.exception()  # waits; what failed is told by its job, and by what depends on it
+                    found += jobs
+    return found
+
+
+@contextmanager
+def _changed(executor: Any, parameters: Mapping[str, Any], only_new: bool = False) -> Iterator[None]:
+    """The user's executor with other parameters for a while; further words for sbatch are kept."""
+    before = dict(executor.parameters)
+    more = dict(before.get("additional_parameters") or {}) | dict(parameters.get("additional_parameters") or {})
+    new = {name: value for name, value in parameters.items() if not (only_new and name in before)}
+    try:
+        executor.parameters.update(new | ({"additional_parameters": more} if more else {}))
+        yield
+    finally:
+        executor.parameters.clear()
+        executor.parameters.update(before)

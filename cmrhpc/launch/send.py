@@ -1,0 +1,205 @@
+"""Arrays -> Slurm, through submitit.
+
+What is written, in this order: `submissions/asked/NAME.json` before sbatch is asked, then submitit's files in
+`submissions/submitit/NAME/`, then `submissions/JOB.json` when sbatch has answered, and the first is removed. A process
+killed in between leaves the first: the next submission looks in the queue for a job of that name before anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmrhpc import files
+from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
+from cmrhpc.launch.arrays import Array
+from cmrhpc.launch.element import run_element
+from cmrhpc.launch.submissions import Submission, write_submission
+from cmrhpc.profile import Profile, memory_text
+from cmrhpc.workspace import Workspace
+
+if TYPE_CHECKING:
+    from submitit import Job, SlurmExecutor
+
+_FULL = ("submit limit", "temporarily unable", "Resource temporarily unavailable", "maximum number of jobs")
+
+
+def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, str]:
+    """The variables that task.sh takes from a profile. Raises BadInput for an image that is not there."""
+    if not profile.container.image:
+        return {}
+    image = Path(os.path.expandvars(profile.container.image)).expanduser().absolute()
+    where = f"profile {profile.name} container.image"
+    if not image.exists():
+        raise BadInput(f"no such image: {image}", where, "build it with containers/build.sh, or name its path")
+    if not Path(f"{image}.sha256").is_file():
+        mend = f"sha256sum {image} > {image}.sha256"
+        raise BadInput(f"no checksum beside the image: {image}.sha256", where, mend)
+    binds = [os.path.expandvars(bind) for bind in profile.container.binds]
+    if stage == "ingest" and not workspace.raw.resolve().is_relative_to(workspace.root.resolve()):
+        binds.append(str(workspace.raw))
+    found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
+    return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
+
+
+def dependency(array: Array, jobs: Mapping[str, str]) -> str | None:
+    """The value of `--dependency`; `jobs` turns names of arrays into numbers of jobs."""
+    parts = []
+    for word, names in (("afterok", array.needs), ("afterany", array.after)):
+        if names:
+            parts.append(":".join([word, *(jobs.get(name, name) for name in names)]))
+    return ",".join(parts) or None
+
+
+def own_parameters(workspace: Workspace, array: Array, token: str, depends_on: str | None) -> dict[str, Any]:
+    """What submit decides itself, whoever made the executor."""
+    more = {"requeue": True} | ({"kill-on-invalid-dep": "yes"} if array.needs else {})
+    return {
+        "job_name": f"{array.name}-{token}",
+        "comment": f"cmrhpc {workspace.root}",
+        "dependency": depends_on,
+        "additional_parameters": more,
+    }
+
+
+def parameters(
+    workspace: Workspace, array: Array, profile: Profile, token: str, depends_on: str | None
+) -> dict[str, Any]:
+    """Everything that SlurmExecutor is told for one array."""
+    slurm, ask = profile.slurm, array.ask
+    own = own_parameters(workspace, array, token, depends_on)
+    for option in slurm.options:
+        name, sign, value = option.removeprefix("--").partition("=")
+        own["additional_parameters"][name] = value if sign else True
+    return own | {
+        "partition": slurm.partition or None,
+        "account": slurm.account or None,
+        "qos": slurm.qos or None,
+        "constraint": slurm.constraint or None,
+        "time": ask.seconds // 60,
+        "cpus_per_task": ask.cpus,
+        "mem": memory_text(ask.memory),
+        "gres": ask.gres or None,
+        "ntasks_per_node": 1,
+        "signal_delay_s": slurm.signal_seconds,
+        "array_parallelism": len(array.elements),
+        "stderr_to_stdout": True,
+        "wckey": None,  # submitit's own default, which a cluster that checks them refuses
+        "setup": ["umask 007", *profile.environment.lines],
+        # A step inherits neither the environment under --export=NONE nor, since Slurm 22.05, the cores of its job.
+        "srun_args": ["--export=ALL", f"--cpus-per-task={ask.cpus}"],
+    }
+
+
+def script(workspace: Workspace, array: Array, profile: Profile, token: str, depends_on: str | None) -> str:
+    """The text of the sbatch file of an array, as submitit would write it. Needs no Slurm here."""
+    from submitit import SlurmExecutor
+
+    class Writer(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    writer = Writer(submitit_folder(workspace, array, token))
+    writer.update_parameters(**parameters(workspace, array, profile, token, depends_on))
+    if len(array.elements) > 1:
+        writer.parameters["map_count"] = len(array.elements)
+    return writer._make_submission_file_text(writer._submitit_command_str, "")
+
+
+def submitit_folder(workspace: Workspace, array: Array, token: str) -> Path:
+    return workspace.root / "submissions" / "submitit" / f"{array.name}-{token}"
+
+
+@contextlib.contextmanager
+def group_access() -> Iterator[None]:
+    """What submitit and Slurm write is for the group of the workspace, whose folders decide, and never for others."""
+    before = os.umask(0o007)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
+def outside_jobs() -> Iterator[None]:
+    """Inside a job, its own SLURM_ variables would decide about the new one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    from submitit.helpers import clean_env
+
+    with clean_env():
+        yield
+
+
+def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs: Mapping[str, str]) -> list[Job[str]]:
+    """Submit one array by a profile. Raises as `send_with`."""
+    from submitit import SlurmExecutor
+
+    place = submitit_folder(workspace, array, token)
+    files.make_folder(place)
+    depends_on = dependency(array, jobs)
+    executor = SlurmExecutor(place)
+    executor.update_parameters(**parameters(workspace, array, profile, token, depends_on))
+    asked = Submission(
+        job="",
+        stage=array.stage,
+        elements=array.elements,
+        time=time.time(),
+        cluster=os.environ.get("SLURM_CLUSTERS", ""),
+        profile=profile.name,
+        time_limit_s=array.ask.seconds,
+        memory=memory_text(array.ask.memory),
+        gpus=profile.resources(array.stage).gpus,
+        depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
+        name=f"{array.name}-{token}",
+    )
+    try:
+        return send_with(workspace, asked, executor, settings(workspace, profile, array.stage))
+    except CmrhpcError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def send_with(
+    workspace: Workspace, asked: Submission, executor: SlurmExecutor, variables: dict[str, str]
+) -> list[Job[str]]:
+    """Submit the elements of `asked` as one job array, and note it.
+
+    Raises Incomplete when the cluster takes no more jobs now, BadInput when it refuses this one.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    note = asked_path(workspace, asked.name)
+    files.atomic_write(note, json.dumps(dataclasses.asdict(asked)))
+    n = len(asked.elements)
+    tasks = [list(element) for element in asked.elements]
+    try:
+        with group_access(), outside_jobs():
+            found = executor.map_array(
+                run_element, [str(workspace.root)] * n, [asked.stage] * n, tasks, [variables] * n
+            )
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        note.unlink(missing_ok=True)
+        said = " ".join(str(error).split()) or type(error).__name__
+        if any(words in said for words in _FULL):
+            mend = "when some have ended, the same command goes on"
+            raise Incomplete(f"the cluster takes no more jobs now: {said}", asked.name, mend) from None
+        mend = "mend the profile; `cmrhpc submit --dry-run` shows the file and Slurm's answer"
+        raise BadInput(f"Slurm refuses the job: {said}", f"{asked.name}, profile {asked.profile}", mend) from None
+    job = found[0].job_id.split("_")[0]
+    write_submission(workspace, dataclasses.replace(asked, job=job))
+    note.unlink(missing_ok=True)
+    return found
+
+
+def asked_path(workspace: Workspace, name: str) -> Path:
+    return workspace.root / "submissions" / "asked" / f"{name}.json"

@@ -1,0 +1,263 @@
+"""Everything missing, on Slurm: what is queued already is left out, the rest goes out as job arrays.
+
+On the login node: read the queue and the shards, plan the arrays, ask, and send one after the other (`send.py`). Truth
+is what the shards and the queue say; the records of `submissions/` only tell which job holds which task. On the compute
+node: bash, submitit, `element.py`, `task.sh` and the task, in that order (see docs/submit.md for each kill).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cmrhpc.errors import BadInput, Incomplete
+from cmrhpc.launch import claim, slurm
+from cmrhpc.launch.arrays import Array, More, plan_arrays
+from cmrhpc.launch.estimate import Expected, expected
+from cmrhpc.launch.send import asked_path, dependency, script, settings
+from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
+from cmrhpc.plan import STAGES
+from cmrhpc.profile import Profile, memory_mb, memory_text, time_seconds, time_text
+from cmrhpc.workspace import State, Workspace
+
+if TYPE_CHECKING:
+    from submitit import Job
+
+MAX_ELEMENTS = 1000  # of one array where the cluster does not say: Slurm's own default
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a submission would send. queued: tasks that a job holds already. notes: what else is worth knowing."""
+
+    arrays: list[Array]
+    expected: dict[str, Expected]
+    queued: int
+    done: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> int:
+        return sum(len(array.tasks) for array in self.arrays)
+
+
+@dataclass
+class Queue:
+    """What Slurm says of this workspace. tasks: (stage, index) -> job that holds it, waiting or running."""
+
+    submissions: list[Submission]
+    elements: dict[str, slurm.Element]
+    tasks: dict[tuple[str, int], str]
+
+
+def ask_queue(workspace: Workspace) -> Queue:
+    """Which tasks are waiting or running. Raises Incomplete when Slurm does not answer: then nothing is known."""
+    _adopt(workspace)
+    submissions = read_submissions(workspace)
+    elements = slurm.queue({s.job for s in submissions})
+    if elements is None:
+        raise _silent()
+    tasks = {}
+    for submission in submissions:
+        for k, indices in enumerate(submission.elements):
+            element = elements.get(submission.key(k))
+            # A number comes back when a cluster starts counting anew: then the name is another.
+            if element and not element.ended and element.name in ("", submission.name):
+                tasks.update({(submission.stage, index): submission.job for index in indices})
+    return Queue(submissions, elements, tasks)
+
+
+def _silent() -> Incomplete:
+    mend = "try again when squeue answers; without it tasks could be submitted twice"
+    return Incomplete("Slurm does not answer", "squeue", mend)
+
+
+def _adopt(workspace: Workspace) -> None:
+    """Record the jobs of a submission that was killed after sbatch took them and before that was noted."""
+    folder = asked_path(workspace, "x").parent
+    notes = {path.stem: path for path in folder.glob("*.json")} if folder.is_dir() else {}
+    if not notes:
+        return
+    shape = ["squeue", "--noheader", "--states=all", f"--name={','.join(notes)}", "--format=%F|%j"]
+    answer = slurm.ask(shape)
+    if answer.code != 0:
+        raise _silent()
+    jobs = {name: job for job, _, name in (line.partition("|") for line in answer.out.split())}
+    for name, path in notes.items():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            told = json.loads(path.read_text())
+            if name in jobs:
+                elements = tuple(tuple(element) for element in told["elements"])
+                changed = {"job": jobs[name], "elements": elements, "depends_on": tuple(told["depends_on"])}
+                write_submission(workspace, Submission(**(told | changed)))
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ what to send
+
+
+def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.Limits) -> Proposal:
+    """The arrays for all that is neither done nor queued."""
+    states = workspace.states()
+    missing = {
+        stage: [s for s in found if not s.done and (stage, s.index) not in queue.tasks]
+        for stage, found in states.items()
+    }
+    held = {
+        s.task.output: queue.tasks[stage, s.index]
+        for stage in states
+        for s in states[stage]
+        if (stage, s.index) in queue.tasks and not s.done
+    }
+    if any(missing[stage] for stage in STAGES if stage != "aggregate"):
+        missing["aggregate"] = list(states["aggregate"])  # made anew, after the one that may be queued
+    more, notes = more_for_what_lacked_it(missing, queue, profile)
+    arrays = plan_arrays(missing, profile, queued=held, more=more, max_elements=max_elements(limits))
+    n_queued = sum(1 for stage in states for s in states[stage] if not s.done and (stage, s.index) in queue.tasks)
+    done = sum(s.done for found in states.values() for s in found)
+    return Proposal(arrays, expected(workspace, arrays, states, profile), n_queued, done, notes)
+
+
+def max_elements(limits: slurm.Limits) -> int:
+    """Of one array: what the highest index allows, and half of what may be queued at all, so that a part can follow."""
+    known = [limits.max_array_size or MAX_ELEMENTS]
+    known += [limit // 2 for limit in (limits.max_submit, limits.max_jobs) if limit]
+    return max(1, min(known))
+
+
+def more_for_what_lacked_it(
+    missing: Mapping[str, Sequence[State]], queue: Queue, profile: Profile
+) -> tuple[More, list[str]]:
+    """Twice the time or memory, up to the profile's maximum, for tasks whose job ended for lack of it; and in words."""
+    wanted = {(stage, s.index) for stage, found in missing.items() for s in found}
+    tried = [s for s in queue.submissions if any((s.stage, i) in wanted for e in s.elements for i in e)]
+    # What slurmctld still remembers serves where accounting is off.
+    told = {key: e for key, e in queue.elements.items() if e.ended} | (slurm.accounting({s.job for s in tried}) or {})
+    most_time = time_seconds(profile.slurm.max_time) if profile.slurm.max_time else math.inf
+    most_memory = memory_mb(profile.slurm.max_memory) if profile.slurm.max_memory else math.inf
+    more: dict[tuple[str, int], tuple[int, int]] = {}
+    lacked: dict[tuple[str, str, str], int] = {}
+    for submission in tried:
+        together = max(len(element) for element in submission.elements)
+        for k, indices in enumerate(submission.elements):
+            state = told[submission.key(k)].state if submission.key(k) in told else ""
+            for task in ((submission.stage, index) for index in indices):
+                if task not in wanted or state not in ("TIMEOUT", "OUT_OF_MEMORY"):
+                    continue
+                asked = profile.resources(submission.stage)
+                seconds, memory = more.get(task, (asked.seconds, memory_mb(asked.memory)))
+                if state == "TIMEOUT":
+                    seconds = max(seconds, int(min(2 * submission.time_limit_s, most_time)) // 60 * 60)
+                elif submission.memory:
+                    memory = max(memory, int(min(2 * (memory_mb(submission.memory) // together), most_memory)))
+                more[task] = (seconds, memory)
+    for (stage, _), (seconds, memory) in more.items():
+        asked = profile.resources(stage)
+        for what, now, usual, most in (
+            ("time", time_text(seconds), time_text(asked.seconds), seconds >= most_time),
+            ("memory", memory_text(memory), memory_text(memory_mb(asked.memory)), memory >= most_memory),
+        ):
+            if now != usual:
+                end = f"{now} instead of {usual}" + (f" (max_{what} of the profile)" if most else "")
+                key = (stage, what, end)
+                lacked[key] = lacked.get(key, 0) + 1
+        if (seconds, memory) == (asked.seconds, memory_mb(asked.memory)):
+            key = (stage, "time or memory", "what the profile says, and max_time and max_memory allow no more")
+            lacked[key] = lacked.get(key, 0) + 1
+    notes = [f"{stage}: {n} tasks ran out of {what}; asking for {end}" for (stage, what, end), n in lacked.items()]
+    return more, notes
+
+
+# ------------------------------------------------------------------------------------------------ sending it
+
+
+Send = Callable[[Array, Mapping[str, str]], "list[Job[str]]"]
+
+
+def submit_all(
+    workspace: Workspace,
+    profile: Profile,
+    limits: slurm.Limits,
+    send: Send,
+    shown: Proposal | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[tuple[Array, list[Job[str]]]]:
+    """Send all that is missing; returns each array with the jobs of its elements.
+
+    One process at a time; the queue is read again first. `send` submits one array, given the jobs of those before it.
+    Raises Incomplete when another submission is at work, when the queue is no longer as `shown`, or when the cluster
+    takes no more; what was sent by then stays sent.
+    """
+    with claim.hold(workspace.root / "submissions" / "claim") as ours:
+        now = propose(workspace, profile, ask_queue(workspace), limits)
+        if shown and now.arrays != shown.arrays:
+            raise Incomplete("the queue or the results changed meanwhile", str(workspace.root), "run the command again")
+        sent: list[tuple[Array, list[Job[str]]]] = []
+        jobs: dict[str, str] = {}
+        for array in now.arrays:
+            ours.renew()
+            try:
+                found = send(array, jobs)
+            except (Incomplete, BadInput) as error:
+                n = sum(len(a.tasks) for a, _ in sent)
+                error.what += f"\n  sent:  {n} of {now.tasks} tasks, in {len(sent)} arrays"
+                raise
+            jobs[array.name] = found[0].job_id.split("_")[0]
+            sent.append((array, found))
+            say(f"job {jobs[array.name]}: {array.name}, {describe(array, jobs)}")
+    return sent
+
+
+def describe(array: Array, jobs: Mapping[str, str] | None = None) -> str:
+    """For people: how many tasks, what each element asks for, what it waits for."""
+    n, elements = len(array.tasks), len(array.elements)
+    tasks = f"{n} task{'s' * (n > 1)}" + (f" in {elements} elements" if elements < n else "")
+    ask = array.ask
+    parts = [tasks, time_text(ask.seconds), memory_text(ask.memory), f"{ask.cpus} cpus", ask.gres]
+    waits = dependency(array, jobs or {})
+    return ", ".join(filter(None, parts)) + (f", {waits}" if waits else "")
+
+
+def dry_run(workspace: Workspace, profile: Profile, proposal: Proposal) -> tuple[list[dict[str, Any]], bool]:
+    """The sbatch file of each array, and what `sbatch --test-only` says of it; whether all were taken.
+
+    Numbers of jobs that are not there yet stand as names, and are left out of what Slurm is asked about.
+    """
+    found, right = [], True
+    for array in proposal.arrays:
+        settings(workspace, profile, array.stage)
+        text = script(workspace, array, profile, "TOKEN", dependency(array, {}))
+        tested = script(workspace, array, profile, "TOKEN", None)
+        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+            file.write(tested)
+            file.flush()
+            answer = slurm.ask(["sbatch", "--test-only", file.name])
+        taken = None if answer.code is None else answer.code == 0
+        right = right and taken is not False
+        found.append({"name": array.name, "script": text, "accepted": taken, "answer": answer.err})
+    return found, right
+
+
+def as_json(proposal: Proposal, sent: Iterable[tuple[Array, list[Job[str]]]]) -> dict[str, Any]:
+    """What was proposed, and the jobs of the arrays that were sent."""
+    jobs = {array.name: found[0].job_id.split("_")[0] for array, found in sent}
+    arrays = [
+        {
+            "name": a.name,
+            "stage": a.stage,
+            "job": jobs.get(a.name),
+            "elements": a.elements,
+            "after": [*a.needs, *a.after],
+            "time": time_text(a.ask.seconds),
+            "memory": memory_text(a.ask.memory),
+        }
+        for a in proposal.arrays
+    ]
+    stages = {stage: dataclasses.asdict(row) for stage, row in proposal.expected.items()}
+    return {"stages": stages, "arrays": arrays, "queued": proposal.queued, "notes": proposal.notes}

@@ -1,0 +1,81 @@
+#!/bin/bash
+# task.sh STAGE WORKSPACE: one element of a job array runs the task of its index. The sbatch files and `cmrhpc submit` end in it.
+#
+#   CMRHPC_CONTAINER           run inside this image instead of the environment that the job was submitted from
+#   CMRHPC_CONTAINER_OPTIONS   more words for `apptainer exec`, e.g. "--bind /scratch"
+#   CMRHPC_OFFSET              added to the array index, where the cluster allows no index as high as the task's
+#   CMRHPC_TASKS               run these tasks side by side, e.g. "4 5", instead of that of the array index
+#
+# The log of each is WORKSPACE/logs/STAGE_INDEX.log. The job ends with the exit code of its task, or with the worst. Asked
+# by USR1 or USR2 to stop, a task saves a checkpoint and says 75, and the job goes back into the queue; after a TERM it
+# does not: whoever sends that (scancel, preemption, the time limit) has decided already.
+set -uo pipefail
+umask 007
+if [ $# -ne 2 ] || [ ! -d "$2" ]; then
+    echo "usage: sbatch --array=0-9 slurm/STAGE.sbatch WORKSPACE (a folder)" >&2
+    exit 2
+fi
+stage=$1
+workspace=$(realpath "$2")
+read -ra tasks <<< "${CMRHPC_TASKS:-$((${SLURM_ARRAY_TASK_ID:-0} + ${CMRHPC_OFFSET:-0}))}"
+command=(cmrhpc task "$workspace" --stage "$stage")
+
+# Inside an image: it sees the workspace, a GPU where there is one, and its own checksum, which goes into the shard.
+if [ -n "${CMRHPC_CONTAINER:-}" ]; then
+    gpu=()
+    [ ! -e /dev/nvidiactl ] || gpu=(--nv)
+    read -r CMRHPC_CONTAINER_SHA256 _ < "$CMRHPC_CONTAINER.sha256" || echo "no checksum beside $CMRHPC_CONTAINER" >&2
+    export CMRHPC_CONTAINER_SHA256
+    # The options are words on purpose.
+    # shellcheck disable=SC2206
+    command=(apptainer --quiet exec "${gpu[@]}" --bind "$workspace" ${CMRHPC_CONTAINER_OPTIONS:-} "$CMRHPC_CONTAINER" "${command[@]}")
+fi
+
+# Slurm signals this script alone (--signal=B:USR2), or cmrhpc submit passes its signal on: so it is passed on to the tasks.
+children=()
+asked=no again=no requeue=yes
+stop() {
+    asked=yes again=yes
+    [ ${#children[@]} -eq 0 ] || kill -USR2 "${children[@]}" 2> /dev/null
+}
+trap stop USR1 USR2
+trap 'requeue=no; stop' TERM
+
+# What a task says goes to its log. Slurm's own file keeps Slurm's own words; without any it is taken away.
+mkdir -p "$workspace/logs"
+for index in "${tasks[@]}"; do
+    "${command[@]}" --index "$index" >> "$workspace/logs/${stage}_$index.log" 2>&1 &
+    children+=($!)
+done
+[ $asked = no ] || stop  # asked while they started
+
+# A signal cuts `wait` short: wait again.
+worst=0 checkpointed=no
+for i in "${!children[@]}"; do
+    again=yes
+    while [ $again = yes ]; do
+        again=no
+        wait "${children[i]}" 2> /dev/null
+        code=$?
+    done
+    case $code in
+        0) ;;
+        # 138 and 140: the signal came before the task could listen, so there is nothing that it could have lost.
+        75 | 138 | 140) checkpointed=yes ;;
+        *)
+            [ $code -gt $worst ] && worst=$code
+            [ $code -le 128 ] || echo "ended by signal $((code - 128))" >> "$workspace/logs/${stage}_${tasks[i]}.log"
+            ;;
+    esac
+done
+
+slurm_file=$(readlink "/proc/$$/fd/1")
+[ -s "$slurm_file" ] || [ ! -f "$slurm_file" ] || rm -f "$slurm_file"
+if [ $checkpointed = yes ]; then
+    # A preempted job Slurm itself puts back; a second time would cost it its next run.
+    if [ $requeue = yes ] && [ -n "${SLURM_JOB_ID:-}" ] && [[ $(scontrol show job "$SLURM_JOB_ID") = *PreemptTime=None* ]]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    [ $worst -ne 0 ] || worst=75
+fi
+exit $worst

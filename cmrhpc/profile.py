@@ -1,0 +1,246 @@
+"""The profile: a cluster, as `cmrhpc submit` needs to know it. `slurm/profiles/template.toml` explains each key."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cmrhpc.errors import BadInput
+from cmrhpc.typed import build, setting, unknown
+
+# What submit itself decides, and what has a key of its own.
+_OURS = {"array", "chdir", "comment", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output"}
+_OURS |= {
+    "nodes",
+    "ntasks-per-node",
+    "parsable",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "test-only",
+    "wait",
+    "wckey",
+    "wrap",
+}
+_KEYS = {"account": "account", "constraint": "constraint", "cpus-per-task": "cpus", "gres": "gres", "mem": "memory"}
+_KEYS |= {"partition": "partition", "qos": "qos", "time": "time"}
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+_MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What every job asks for. max_time, max_memory: what a task that ran out of either may be given in the end."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    signal_seconds: int = setting(120, low=10, high=3600)  # warning before the time limit
+    max_time: str = ""
+    max_memory: str = ""
+    options: tuple[str, ...] = ()  # further words for sbatch
+
+
+@dataclass(frozen=True)
+class Container:
+    """Inside which image tasks run; without one, in the environment that submits."""
+
+    image: str = ""
+    binds: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # further words for `apptainer exec`
+
+
+@dataclass(frozen=True)
+class Environment:
+    """lines: bash, run in the job before its tasks."""
+
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task asks for; time and memory as Slurm writes them."""
+
+    time: str
+    memory: str
+    gres: str
+    cpus: int = setting(1, low=1, high=1024)
+
+    @property
+    def seconds(self) -> int:
+        """The time limit, always a whole number of minutes as Slurm counts it."""
+        return -(-time_seconds(self.time) // 60) * 60
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs `gres` names: `gpu`, `gpu:2`, `gpu:a100`, `gpu:a100:2`."""
+        found = 0
+        for part in self.gres.split(","):
+            name, *rest = part.split("(")[0].strip().split(":")
+            found += (int(rest[-1]) if rest and rest[-1].isdigit() else 1) if name == "gpu" else 0
+        return found
+
+
+@dataclass(frozen=True)
+class SharedResources(Resources):
+    """The same of a stage whose tasks may share a GPU."""
+
+    tasks_per_gpu: int = setting(1, low=1, high=64)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One per stage."""
+
+    ingest: Resources
+    synthesize: SharedResources
+    refine: SharedResources
+    classify: SharedResources
+    aggregate: Resources
+
+
+# What holds for a stage where a profile says nothing.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ingest": {"time": "02:00:00", "cpus": 4, "memory": "8G", "gres": ""},
+    "synthesize": {"time": "12:00:00", "cpus": 2, "memory": "8G", "gres": "gpu:1"},
+    "refine": {"time": "06:00:00", "cpus": 2, "memory": "8G", "gres": "gpu:1"},
+    "classify": {"time": "06:00:00", "cpus": 2, "memory": "16G", "gres": "gpu:1"},
+    "aggregate": {"time": "01:00:00", "cpus": 2, "memory": "8G", "gres": ""},
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A cluster. name: of the file, without its ending."""
+
+    stages: Stages
+    name: str
+    slurm: Slurm = field(default_factory=Slurm)
+    container: Container = field(default_factory=Container)
+    environment: Environment = field(default_factory=Environment)
+
+    def resources(self, stage: str) -> Resources:
+        return getattr(self.stages, stage)
+
+    def tasks_per_element(self, stage: str) -> int:
+        return getattr(self.resources(stage), "tasks_per_gpu", 1)
+
+
+def load_profile(name: str | Path) -> Profile:
+    """A profile from its path, or by name from `slurm/profiles` of this folder or of the clone that is installed.
+
+    Raises BadInput with file, table, key and mend.
+    """
+    path = Path(name)
+    if not path.is_file():
+        folders = [Path("slurm/profiles"), Path(__file__).resolve().parent.parent / "slurm" / "profiles"]
+        known = {p.stem: p for folder in reversed(folders) for p in sorted(folder.glob("*.toml"))}
+        if str(name) not in known:
+            mend = f"copy slurm/profiles/template.toml and fill it in; by name there are: {', '.join(known) or 'none'}"
+            raise BadInput(f'no such profile "{name}"', str(path), mend)
+        path = known[str(name)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the profile: {error}", str(path), "give it read access, as UTF-8") from None
+    return parse_profile(text, str(path))
+
+
+def parse_profile(text: str, where: str = "profile.toml") -> Profile:
+    """As `load_profile`, from the text of the file."""
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        raise BadInput(f"not valid TOML: {error}", where, "mend the line that is named") from None
+    if "name" in values:
+        raise unknown("name", [f.name for f in fields(Profile) if f.name != "name"], where)
+    stages = values.setdefault("stages", {})
+    if not isinstance(stages, dict) or not all(isinstance(v, dict) for v in stages.values()):
+        raise BadInput("[stages] must hold tables", f"{where} [stages]", "write [stages.classify]")
+    for stage in stages:
+        if stage not in _DEFAULTS:
+            raise unknown(stage, _DEFAULTS, f"{where} [stages]")
+    for stage, default in _DEFAULTS.items():
+        stages[stage] = default | stages.get(stage, {})
+    profile = build(Profile, values | {"name": Path(where).stem}, where, "")
+    _check(profile, where)
+    return profile
+
+
+def _check(profile: Profile, where: str) -> None:
+    """The rules that no single field can check."""
+    slurm, container = profile.slurm, profile.container
+    for key in ("partition", "account", "qos", "constraint"):
+        if re.search(r"\s", getattr(slurm, key)):
+            raise BadInput("has a space in it", f"{where} slurm.{key}", "write one word")
+    for i, option in enumerate(slurm.options, 1):
+        place, word = f"{where} slurm.options number {i}", option.removeprefix("--").split("=")[0]
+        if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option):
+            raise BadInput(f'"{option}" is no long option of sbatch', place, 'write "--exclude=node7"')
+        if word in _KEYS:
+            raise BadInput(f"--{word} has a key of its own", place, f"write {_KEYS[word]} = ...")
+        if word in _OURS:
+            raise BadInput(f"--{word} is decided by cmrhpc submit", place, "take it out")
+    for table, words in (("binds", container.binds), ("options", container.options)):
+        for i, word in enumerate(words, 1):
+            if not word or re.search(r"\s", word) or (table == "binds" and "," in word):
+                mend = "one word each" if table == "options" else "a path without spaces or commas, or SOURCE:TARGET"
+                raise BadInput(f'"{word}" cannot be passed on', f"{where} container.{table} number {i}", mend)
+    if (container.binds or container.options) and not container.image:
+        raise BadInput("binds and options are for a container", f"{where} container.image", "name the image")
+    for key in ("max_time", "max_memory"):
+        if text := getattr(slurm, key):
+            (time_seconds if key == "max_time" else memory_mb)(text, f"{where} slurm.{key}")
+    for stage in _DEFAULTS:
+        asked, place = profile.resources(stage), f"{where} stages.{stage}"
+        seconds, memory = time_seconds(asked.time, f"{place}.time"), memory_mb(asked.memory, f"{place}.memory")
+        if seconds < 2 * slurm.signal_seconds:
+            mend = f"signal_seconds is {slurm.signal_seconds}: ask for at least twice that, or lower it"
+            raise BadInput(f"{asked.time} leaves no time to work in", f"{place}.time", mend)
+        if slurm.max_time and seconds > time_seconds(slurm.max_time):
+            raise BadInput(f"{asked.time} is above max_time {slurm.max_time}", f"{place}.time", "raise max_time")
+        if slurm.max_memory and memory > memory_mb(slurm.max_memory):
+            raise BadInput(f"{asked.memory} is above max_memory {slurm.max_memory}", f"{place}.memory", "raise it")
+        if re.search(r"\s", asked.gres):
+            raise BadInput("has a space in it", f"{place}.gres", 'for example "gpu:1"; empty for none')
+
+
+def time_seconds(text: str, where: str = "time") -> int:
+    """Slurm's time as seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS. Raises BadInput for anything else."""
+    found = _TIME.fullmatch(text)
+    numbers = [int(part) for part in found["rest"].split(":")] if found else []
+    if found and found["days"]:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        total = int(found["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
+    elif len(numbers) == 3:
+        total = numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+    else:
+        total = sum(number * unit for number, unit in zip(numbers, (60, 1), strict=False))
+    if not 0 < total <= 366 * 86400:
+        raise BadInput(f'"{text}" is no time of Slurm\'s', where, 'write "HH:MM:SS" or "DAYS-HH:MM:SS"')
+    return total
+
+
+def time_text(seconds: int) -> str:
+    """Seconds as Slurm writes them: 12:00:00, 2-00:00:00."""
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def memory_mb(text: str, where: str = "memory") -> int:
+    """Slurm's memory as MiB: a number of MiB, or with K, M, G or T. Raises BadInput for anything else."""
+    found = _MEMORY.fullmatch(text)
+    size = int(found[1]) * {"K": 1, "": 1024, "M": 1024, "G": 1024**2, "T": 1024**3}[found[2].upper()] if found else 0
+    if not 1024 <= size <= 2**40:
+        raise BadInput(f'"{text}" is no memory of Slurm\'s', where, 'write "8G"')
+    return size // 1024
+
+
+def memory_text(mb: int) -> str:
+    """MiB as Slurm takes them: 8G, 1500M."""
+    return f"{mb // 1024}G" if mb % 1024 == 0 else f"{mb}M"
