@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
-from cmrhpc.launch.arrays import Array
+from cmrhpc.launch.arrays import TRAINING, Array
 from cmrhpc.launch.element import run_element
 from cmrhpc.launch.submissions import Submission, write_submission
 from cmrhpc.profile import Profile, memory_text
@@ -32,8 +33,12 @@ _FULL = ("submit limit", "temporarily unable", "Resource temporarily unavailable
 
 
 def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, str]:
-    """The variables that task.sh takes from a profile. Raises BadInput for an image that is not there."""
+    """The variables that task.sh takes from a profile. Raises BadInput for an image, or a torch, that is not there."""
     if not profile.container.image:
+        no_torch = importlib.util.find_spec("torch") is None and not profile.environment.lines
+        if stage in TRAINING and no_torch:
+            mend = "name the image, or submit from an environment with cmrhpc[train]"
+            raise BadInput("torch is not installed here", f"profile {profile.name} container.image", mend)
         return {}
     image = Path(os.path.expandvars(profile.container.image)).expanduser().absolute()
     where = f"profile {profile.name} container.image"

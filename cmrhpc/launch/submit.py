@@ -237,7 +237,7 @@ def dry_run(workspace: Workspace, profile: Profile, proposal: Proposal) -> tuple
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(tested)
             file.flush()
-            answer = slurm.ask(["sbatch", "--test-only", file.name])
+            answer = slurm.ask(["sbatch", "--test-only", file.name], environment={"SLURM_TIME_FORMAT": "standard"})
         taken = None if answer.code is None else answer.code == 0
         right = right and taken is not False
         found.append({"name": array.name, "script": text, "accepted": taken, "answer": answer.err})

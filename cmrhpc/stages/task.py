@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from typing import Any
 
 from cmrhpc import files, shards
 from cmrhpc import plan as planning
-from cmrhpc.errors import Incomplete, UsageError
+from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.plan import Task
 from cmrhpc.signals import STOP_SIGNALS
 from cmrhpc.workspace import Judge, Workspace
@@ -113,6 +115,8 @@ def run_task(
 
         return run_aggregate(workspace)
     inputs = _checked_inputs(workspace, judge, task)
+    if importlib.util.find_spec("torch") is None:
+        raise BadInput("torch is not installed here", sys.prefix, "pip install 'cmrhpc[train]', or use the container")
     context = Context(workspace, task, inputs, should_stop, progress)
     if stage == "synthesize":
         from cmrhpc.stages.synthesize import synthesize as work
