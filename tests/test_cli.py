@@ -10,7 +10,20 @@ import pytest
 
 from tests.whole.conftest import cmrhpc
 
-VERBS = ("phantom", "init", "ingest", "plan", "task", "run", "status", "aggregate", "verify", "export", "doctor")
+VERBS = (
+    "phantom",
+    "init",
+    "ingest",
+    "plan",
+    "task",
+    "run",
+    "submit",
+    "status",
+    "aggregate",
+    "verify",
+    "export",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -49,7 +49,7 @@ def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, st
         raise BadInput(f"no checksum beside the image: {image}.sha256", where, mend)
     binds = [os.path.expandvars(bind) for bind in profile.container.binds]
     if stage == "ingest" and not workspace.raw.resolve().is_relative_to(workspace.root.resolve()):
-        binds.append(str(workspace.raw))
+        binds.append(str(workspace.raw.resolve()))
     found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
     return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
 

@@ -1,0 +1,126 @@
+"""task.sh, in which every element of a job array ends: logs, exit codes, signals and requeueing.
+
+A stand-in for `cmrhpc` says which task it is and ends as told; with Slurm and the real one see tests/cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cmrhpc.errors import Incomplete
+from cmrhpc.launch.element import TASK_SH, run_element
+from tests.conftest import ROOT
+from tests.launch.conftest import Put
+
+# Ends with code I for index I, as a task that was asked to stop (75) when it may listen, and never alone.
+LISTENS = """
+trap 'echo asked; exit 75' USR2
+echo "began $*"; touch began.$6
+[ $6 -lt 100 ] || for _ in $(seq 600); do sleep 0.05; done
+exit $6
+"""
+# Slurm's own command notes what it is asked for, and knows whether the job is being preempted.
+SCONTROL = 'echo "$*" >> scontrol.said; [ "$1" != show ] || echo "PreemptTime=$PREEMPTED"'
+
+
+@pytest.fixture
+def place(program: Put, tmp_path: Path) -> Path:
+    program("cmrhpc", LISTENS)
+    program("scontrol", SCONTROL)
+    return tmp_path
+
+
+def start(place: Path, tasks: str, **environment: str) -> subprocess.Popen[bytes]:
+    more = {"CMRHPC_TASKS": tasks, "SLURM_JOB_ID": "9", "PREEMPTED": "None"} | environment
+    return subprocess.Popen(["bash", str(TASK_SH), "classify", "."], cwd=place, env=os.environ | more)
+
+
+def wait_for(*paths: Path) -> None:
+    end = time.monotonic() + 60
+    while not all(path.exists() for path in paths) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def requeued(place: Path) -> bool:
+    said = place / "scontrol.said"
+    return said.exists() and "requeue 9" in said.read_text()
+
+
+def test_each_task_has_its_log_and_the_worst_exit_code_is_told(place: Path) -> None:
+    assert start(place, "0 4 3").wait(60) == 4
+    for index in (0, 3, 4):
+        log = (place / "logs" / f"classify_{index}.log").read_text()
+        assert log == f"began task {place} --stage classify --index {index}\n"
+    assert not requeued(place)
+
+
+def test_the_index_comes_from_the_array_and_an_offset(place: Path) -> None:
+    assert start(place, "", SLURM_ARRAY_TASK_ID="2").wait(60) == 2
+    assert start(place, "", SLURM_ARRAY_TASK_ID="2", CMRHPC_OFFSET="5").wait(60) == 7
+
+
+@pytest.mark.parametrize(
+    ("number", "preempted", "back"),
+    [
+        (signal.SIGUSR2, "None", True),
+        (signal.SIGUSR1, "None", True),
+        (signal.SIGUSR2, "2026-01-01T00:00:00", False),  # Slurm puts a preempted job back itself
+        (signal.SIGTERM, "None", False),  # whoever sends that has decided
+    ],
+)
+def test_every_task_is_asked_to_stop_and_the_job_goes_back_once(
+    place: Path, number: int, preempted: str, back: bool
+) -> None:
+    running = start(place, "100 101 0", PREEMPTED=preempted)
+    wait_for(place / "began.100", place / "began.101", place / "began.0")
+    running.send_signal(number)
+    assert running.wait(60) == 75
+    assert "asked" in (place / "logs/classify_100.log").read_text()
+    assert "asked" in (place / "logs/classify_101.log").read_text()
+    assert requeued(place) == back
+    if back:
+        assert (place / "scontrol.said").read_text().count("requeue") == 1
+
+
+def test_a_signal_before_a_task_listens_loses_nothing(place: Path, program: Put) -> None:
+    program("cmrhpc", "touch began; kill -USR2 $$")
+    assert start(place, "1").wait(60) == 75
+    assert requeued(place)
+
+
+def test_a_task_that_is_killed_says_so_in_its_log(place: Path, program: Put) -> None:
+    program("cmrhpc", "kill -KILL $$")
+    assert start(place, "1").wait(60) == 137
+    assert "ended by signal 9" in (place / "logs/classify_1.log").read_text()
+
+
+def test_the_element_passes_signals_on_and_fails_with_its_tasks(place: Path) -> None:
+    code = (
+        "import pathlib, sys; from cmrhpc.launch.element import run_element\n"
+        "sys.stdout.write(run_element(sys.argv[1], 'classify', [100, 101], {'CMRHPC_CONTAINER': ''}))"
+    )
+    more = {"PREEMPTED": "None", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(place)]
+    running = subprocess.Popen(command, cwd=place, env=os.environ | more, stderr=subprocess.PIPE)
+    wait_for(place / "began.100", place / "began.101")
+    running.send_signal(signal.SIGUSR2)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert b"exit code 75" in said
+    assert "asked" in (place / "logs/classify_100.log").read_text()
+
+
+def test_the_element_returns_what_happened(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    before = signal.getsignal(signal.SIGUSR2)
+    assert run_element(str(place), "classify", [0], {"CMRHPC_CONTAINER": ""}) == "classify 0: exit code 0"
+    with pytest.raises(Incomplete, match=r"classify_4\.log"):
+        run_element(str(place), "classify", [0, 4], {"CMRHPC_CONTAINER": ""})
+    assert signal.getsignal(signal.SIGUSR2) is before
