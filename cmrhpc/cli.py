@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,14 +13,32 @@ from pathlib import Path
 from typing import Any
 
 from cmrhpc.errors import EXIT_INTERRUPTED, BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, UsageError
+from cmrhpc.near import did_you_mean
 from cmrhpc.signals import Stopped, held, stopping_at_once
 
 STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
 
 
+TYPED = 0.7  # how near a word must be to what was typed in a hurry
+
+
 class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other errors do, and which verb, choice or option may have been meant."""
+
     def error(self, message: str) -> Any:
-        raise UsageError(message, self.prog, f"`{self.prog} --help` shows an example")
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = did_you_mean(wrong[1], re.split("[', ]+", wrong[2]), TYPED) if wrong else ""
+        raise UsageError(message, self.prog, f"{near}`{self.prog} --help` shows an example")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # each verb's own arguments as well
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            near = "".join(
+                did_you_mean(text.partition("=")[0], self._option_string_actions, TYPED) for text in rest[:1]
+            )
+            mend = f"{near}`{self.prog} --help` lists what it takes"
+            raise UsageError(f"unrecognized arguments: {' '.join(rest)}", self.prog, mend)
+        return found, rest
 
 
 def _say(value: Any, as_json: bool, text: str) -> None:

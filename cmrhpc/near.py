@@ -13,14 +13,14 @@ def letters(text: str) -> str:
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
-def nearest(text: str, known: Iterable[str]) -> str:
+def nearest(text: str, known: Iterable[str], cutoff: float = NEAR) -> str:
     """The known name that is nearest, or an empty text when none is near."""
     names = {letters(name): name for name in known}
-    found = difflib.get_close_matches(letters(text), list(names), 1, NEAR)
+    found = difflib.get_close_matches(letters(text), list(names), 1, cutoff)
     return names[found[0]] if found else ""
 
 
-def did_you_mean(text: str, known: Iterable[str]) -> str:
+def did_you_mean(text: str, known: Iterable[str], cutoff: float = NEAR) -> str:
     """`did you mean "NAME"? `, or an empty text."""
-    name = nearest(text, known)
+    name = nearest(text, known, cutoff)
     return f'did you mean "{name}"? ' if name else ""

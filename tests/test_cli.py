@@ -57,7 +57,13 @@ def test_planning_needs_no_torch(tmp_path: Path, study_text: str) -> None:
     [
         ([], 2, "VERB"),
         (["nonsense"], 2, "nonsense"),
+        (["statsu", "ws"], 2, 'did you mean "status"?'),
         (["plan"], 2, "WORKSPACE"),
+        (["run", "ws", "--plian"], 2, 'did you mean "--plain"?'),
+        (["run", "ws", "--jbos", "2"], 2, 'did you mean "--jobs"?'),
+        (["run", "ws", "--zzz"], 2, "cmrhpc run --help"),
+        (["plan", "ws", "--stage", "refin"], 2, 'did you mean "refine"?'),
+        (["plan", "ws", "more"], 2, "unrecognized arguments: more"),
         (["plan", "nowhere"], 3, "no study.toml"),
         (["init", "ws", "--study", "demo2", "--raw", "."], 3, "shipped studies: demo, fu2021"),
         (["init", "ws", "--study", "demo", "--raw", "nowhere"], 3, "no such raw folder"),
