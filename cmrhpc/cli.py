@@ -220,12 +220,13 @@ def verify(args: argparse.Namespace) -> int:
 
     result = check(Workspace(args.workspace))
     if args.json:
-        print(json.dumps({"digest": result.digest, "damaged": result.damaged, "leaks": result.leaks}))
-    else:
-        for line in result.damaged + result.leaks:
+        keys = ("digest", "damaged", "leaks", "out_of_date")
+        print(json.dumps({key: getattr(result, key) for key in keys}))
+    elif result.shards:
+        for line in result.damaged + result.leaks + result.out_of_date:
             print(line)
         print(f"{result.files} files and {result.shards} shards checked; {result.missing} tasks are not done yet")
-        if not result.leaks and result.shards:
+        if not result.leaks:
             print("no patient is in training and in test of the same fold")
         print(f"digest {result.digest}")
     if result.damaged or result.leaks:
@@ -233,6 +234,14 @@ def verify(args: argparse.Namespace) -> int:
             return Damage.exit_code
         what = f"{len(result.damaged)} damaged, {len(result.leaks)} leaks"
         raise Damage(what, args.workspace, "`cmrhpc run` makes the damaged part again; a leak needs its cause mended")
+    if not result.shards:
+        what = f"nothing to verify: no task is done yet, {result.missing} are to be"
+        raise Incomplete(what, args.workspace, "`cmrhpc run` (or submit) makes the study")
+    if result.out_of_date:
+        if args.json:
+            return Incomplete.exit_code
+        what = "nothing is damaged, but the report is out of date"
+        raise Incomplete(what, args.workspace, "`cmrhpc run` (or aggregate) makes it again")
     return 0
 
 

@@ -11,19 +11,20 @@ import numpy as np
 from cmrhpc import seal, shards
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES
-from cmrhpc.workspace import Judge, Workspace
+from cmrhpc.workspace import Judge, Workspace, report_sources
 
 
 @dataclass
 class Verdict:
     """digest: sha256 over the content hashes, in path order, of all sound shards that the study asks for.
 
-    damaged, leaks: one line each.
+    damaged, leaks: one line each. out_of_date: what is whole but older than the study or the shards; no damage.
     """
 
     digest: str = ""
     damaged: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    out_of_date: list[str] = field(default_factory=list)
     files: int = 0
     shards: int = 0
     missing: int = 0
@@ -59,6 +60,7 @@ def verify(workspace: Workspace) -> Verdict:
     hashes = "".join(sound[name].content_sha256 for name in sorted(sound))
     result.digest = hashlib.sha256(hashes.encode()).hexdigest()
     result.damaged += _other_files(workspace)
+    result.out_of_date = list(_older(workspace, judge))
     result.leaks = list(_leaks(sound))
     return result
 
@@ -68,14 +70,22 @@ def _other_files(workspace: Workspace) -> Iterator[str]:
     report = workspace.path(REPORT)
     for line in seal.damage(report):
         yield f"report/{line}"
-    told = seal.read(report)
-    if told and told["sources"].get("study") != shards.sha256_of(workspace.study.to_json()):
-        yield "study.toml: changed since the report was made"
     for stage in STAGES:
         try:
             workspace.tasks(stage)
         except CmrhpcError as error:
             yield f"{error.where}: {error.what}"
+
+
+def _older(workspace: Workspace, judge: Judge) -> Iterator[str]:
+    """Whether the report was made from the study and the shards as they are now."""
+    if (told := seal.read(workspace.path(REPORT))) is None:
+        return
+    now, then = report_sources(judge), told["sources"]
+    if now.pop("study") != then.pop("study", ""):
+        yield "report: out of date, study.toml changed since it was made"
+    if now != then:
+        yield "report: out of date, shards were added, removed or changed since it was made"
 
 
 def _leaks(sound: dict[str, shards.Shard]) -> Iterator[str]:

@@ -113,11 +113,35 @@ def test_an_edited_study_is_found(copied: Path) -> None:
     (copied / "study.toml").write_text(text.replace("buffer = 8", "buffer = 9"))
     lines = damaged(copied)
     assert len([line for line in lines if "refiner.buffer: 8 -> 9" in line]) == 4
-    assert lines[-1] == "study.toml: changed since the report was made"
-    (copied / "study.toml").write_text(text.replace("ratios = [1]", "ratios = [0, 1]"))
-    assert damaged(copied) == ["study.toml: changed since the report was made"]
+    assert cmrhpc("verify", copied, check=False).returncode == 5
     (copied / "study.toml").write_text(text.replace("[folds]", "[fo1ds]"))
     assert cmrhpc("verify", copied, check=False).returncode == 3
+
+
+def test_a_report_older_than_the_study_is_out_of_date_and_no_damage(copied: Path) -> None:
+    assert verify(Workspace(copied)).out_of_date == []
+    text = (copied / "study.toml").read_text()
+    (copied / "study.toml").write_text(text + '[[arms]]\nname = "affine"\n')
+    found = verify(Workspace(copied))
+    assert (found.damaged, found.missing) == ([], 2)
+    assert found.out_of_date == ["report: out of date, study.toml changed since it was made"]
+    done = cmrhpc("verify", copied, check=False)
+    assert done.returncode == 4
+    assert found.out_of_date[0] in done.stdout
+    assert done.stdout.splitlines()[-1] == f"digest {found.digest}"
+    assert "nothing is damaged" in done.stderr
+    as_json = cmrhpc("verify", copied, "--json", check=False)
+    assert (as_json.returncode, json.loads(as_json.stdout)["out_of_date"]) == (4, found.out_of_date)
+    (copied / "study.toml").write_text(text)
+    (copied / f"{PREDICTION}.h5").unlink()
+    (line,) = verify(Workspace(copied)).out_of_date
+    assert "shards were added, removed or changed" in line
+
+
+def test_a_workspace_without_shards_has_nothing_to_verify(fresh: Path) -> None:
+    done = cmrhpc("verify", fresh, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "nothing to verify: no task is done yet" in done.stderr
 
 
 def forge(root: Path, name: str, **changes: np.ndarray) -> None:
