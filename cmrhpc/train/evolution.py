@@ -2,14 +2,18 @@
 
 All offspring come from one parent, so one noise draw and one forward pass through G serve every mutation. When D does
 not mix samples, the mutations' gradients at the images differ by one factor per sample only, and D's backward pass is
-done once. The real half of the fitness F_d is the same for all offspring and computed once. `plain.py` is the same
-algorithm written out line by line, and the tests hold one against the other.
+done once. The real half of the fitness F_d is the same for all offspring and computed once. On the CPU the passes run
+side by side, each on one thread, and those of networks that do not mix samples in pieces of a batch: all losses are
+means over samples, so that their gradients add up. `plain.py` is the same algorithm written out line by line, and the
+tests hold one against the other.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from cmrhpc.train import losses
 from cmrhpc.train.flat import Flat, adam_step
+from cmrhpc.train.workers import Seat, Workers, keep_no_state
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ class Evolution:
     A network whose attribute `mixes_samples` is missing or true (batch norm, say) is treated with care: nothing is
     shared that its mixing would make wrong. Both modules are kept in training mode and are changed in
     place; after a generation `generator` holds the best survivor. `fast` runs the networks in bfloat16.
+
+    workers: passes that run side by side on the CPU, each on one thread; by default torch's number of threads. Only
+    networks that declare `mixes_samples`, draw no random numbers and keep no state but batch norm's run side by side.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class Evolution:
         betas: tuple[float, float] = (0.5, 0.999),
         r1: float = 0.0,
         fast: bool = False,
+        workers: int | None = None,
     ):
         self.generator, self.discriminator = generator.train(), discriminator.train()
         self.mutations = [losses.MUTATIONS[name] for name in mutations]
@@ -97,13 +106,16 @@ class Evolution:
         self.learning_rate, self.betas, self.fast = learning_rate, betas, fast
         self.step = 0  # generations done
         self.d_steps = 0  # discriminator updates done
-        self.g, self.d = Flat(generator), Flat(discriminator)
+        self.d_mixes = getattr(discriminator, "mixes_samples", True)
+        self.workers = Workers(generator, workers if keep_no_state(generator) and keep_no_state(discriminator) else 1)
+        mixes = self.d_mixes or getattr(generator, "mixes_samples", True)
+        self.pieces = 1 if mixes else self.workers.count
+        self.g, self.d = self.workers.seats[0].flat, Flat(discriminator)
         # One row per parent. At the start all parents are equal, and one is enough.
         self.parents = self.g.vector.clone()[None]
         self.buffers = self.g.buffers.clone()[None]
         self.first, self.second = torch.zeros_like(self.parents), torch.zeros_like(self.parents)
         self.d_first, self.d_second = torch.zeros_like(self.d.vector), torch.zeros_like(self.d.vector)
-        self.d_mixes = getattr(discriminator, "mixes_samples", True)
 
     def generation(self, draws: Draws) -> Outcome:
         """Train D, make every parent's offspring, score them, keep the best with their own optimizer states."""
@@ -130,72 +142,105 @@ class Evolution:
 
     def _hold(self, vector: Tensor, buffers: Tensor) -> None:
         """Load one individual into the generator module."""
-        self.g.vector.copy_(vector)
-        self.g.buffers.copy_(buffers)
+        self.workers.seats[0].hold(vector, buffers)
 
     def _run(self, module: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(output, class logits or None) in float32 or wider; bfloat16 inside in fast mode."""
         given = [_as_channels_last(x) for x in inputs if x is not None]
-        with torch.autocast(given[0].device.type, dtype=torch.bfloat16, enabled=self.fast):
+        with torch.autocast(given[0].device.type, dtype=torch.bfloat16, enabled=self.fast, cache_enabled=False):
             out = module(*given)
         out, classes = out if isinstance(out, tuple) else (out, None)
         wide = torch.promote_types(out.dtype, torch.float32)
         return out.to(wide), None if classes is None else classes.to(wide)
 
+    def _spans(self, count: int) -> list[slice]:
+        """The pieces in which a batch of `count` samples is worked on."""
+        ends = [count * i // self.pieces for i in range(self.pieces + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(ends) if b > a]
+
     def _train_discriminator(self, draws: Draws, t: int) -> Tensor:
         """One Adam step on L_D (M6); the fakes come from all parents in equal parts."""
-        real, parts = draws.real[t], len(self.parents)
+        spans = self._spans(draws.real.shape[1])
+        done = self.workers.run([functools.partial(self._loss_d, draws=draws, t=t, span=span) for span in spans])
+        loss, gradient = (sum(parts[1:], start=parts[0]) for parts in zip(*done, strict=True))
+        self.d_steps += 1
+        adam_step(self.d.vector, gradient, self.d_first, self.d_second, self.d_steps, self.learning_rate, self.betas)
+        return loss
+
+    def _loss_d(self, seat: Seat, draws: Draws, t: int, span: slice) -> tuple[Tensor, Tensor]:
+        """L_D of the samples in `span` and its gradient (P,), both times their share of the batch."""
+        real = draws.real[t, span]
         label = None if draws.label is None else draws.label[t]
-        with torch.no_grad(), frozen_statistics(self.generator):
-            fakes = []
-            labels = [None] * parts if label is None else label.tensor_split(parts)
-            for s, z in enumerate(draws.noise[t].tensor_split(parts)):
-                self._hold(self.parents[s], self.buffers[s])
-                fakes.append(self._run(self.generator, z, labels[s])[0])
-            fake = torch.cat(fakes)
+        fake = self._fakes(seat, draws.noise[t], label, span)
         if draws.lam is not None:
-            loss = losses.mixup_loss(
-                self._run(self.discriminator, losses.mixup(real, fake, draws.lam[t]))[0], draws.lam[t]
-            )
+            lam = draws.lam[t, span]
+            loss = losses.mixup_loss(self._run(self.discriminator, losses.mixup(real, fake, lam))[0], lam)
         else:
             real_logit, real_classes = self._run(self.discriminator, real)
             fake_logit, fake_classes = self._run(self.discriminator, fake)
             loss = losses.discriminator_loss(real_logit, fake_logit)
             if real_classes is not None and fake_classes is not None and draws.real_label is not None:
-                loss = loss + losses.class_loss(real_classes, draws.real_label[t])
-                loss = loss + losses.class_loss(fake_classes, draws.label[t])  # type: ignore[index]
+                loss = loss + losses.class_loss(real_classes, draws.real_label[t, span])
+                loss = loss + losses.class_loss(fake_classes, draws.label[t, span])  # type: ignore[index]
         objective = loss
         if self.r1:
             seen = real.detach().requires_grad_()
             with frozen_statistics(self.discriminator):
                 objective = loss + self.r1 * losses.r1_penalty(self._run(self.discriminator, seen)[0], seen)
-        gradient = self._d_gradient(objective)
-        self.d_steps += 1
-        adam_step(self.d.vector, gradient, self.d_first, self.d_second, self.d_steps, self.learning_rate, self.betas)
-        return loss.detach()
+        share = len(real) / draws.real.shape[1]
+        return loss.detach() * share, self._d_gradient(objective * share)
+
+    @torch.no_grad()
+    def _fakes(self, seat: Seat, noise: Tensor, label: Tensor | None, span: slice) -> Tensor:
+        """The parents' images from noise[span] when the whole batch is dealt out to them in equal parts."""
+        fakes, first = [], 0
+        for s, part in enumerate(noise.tensor_split(len(self.parents))):
+            own = slice(max(first, span.start), min(first + len(part), span.stop))
+            first += len(part)
+            if own.start < own.stop:
+                seat.hold(self.parents[s], self.buffers[s])
+                with frozen_statistics(seat.module):
+                    fakes.append(self._run(seat.module, noise[own], None if label is None else label[own])[0])
+        return torch.cat(fakes)
 
     def _mutate(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """(losses (offspring,), their gradients (offspring, P), buffers (offspring, B) after the training pass)."""
         count, shared = len(self.mutations), len(draws.training_noise) == 1
-        all_losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        buffers: list[Tensor] = []
+        # One forward pass serves a group of mutations: all of them with shared noise, else each its own.
+        groups = [self.mutations] if shared else [[m] for m in self.mutations]
+        spans = self._spans(draws.training_noise.shape[1])
+        jobs: list[Callable[[Seat], tuple[Tensor, Tensor, Tensor]]] = []
         for s in range(len(self.parents)):
-            # One forward pass serves `group` mutations: all of them with shared noise, else each its own.
-            groups = [self.mutations] if shared else [[m] for m in self.mutations]
             for i, group in enumerate(groups):
                 k = 0 if shared else s * count + i
-                self._hold(self.parents[s], self.buffers[s])
-                label = None if draws.training_label is None else draws.training_label[k]
-                images, _ = self._run(self.generator, draws.training_noise[k], label)
-                values, upstream = self._image_gradients(images.detach(), label, group)
-                all_losses += values
-                for m, slope in enumerate(upstream):
-                    keep = m < len(group) - 1
-                    parts = torch.autograd.grad(images, self.g.parameters, slope, retain_graph=keep)
-                    gradients.append(self.g.pack(parts))
-                buffers += [self.g.buffers.clone()] * len(group)
-        return torch.stack(all_losses), torch.stack(gradients), torch.stack(buffers)
+                about = functools.partial(self._loss_g, draws=draws, parent=s, k=k, mutations=group)
+                jobs += [functools.partial(about, span=span) for span in spans]
+        # Mixing networks take all threads for one pass: there is nothing to run beside it.
+        done = self.workers.run(jobs, alone=self.pieces == 1)
+        values, gradients, buffers = [], [], []
+        for start in range(0, len(done), len(spans)):
+            parts = list(zip(*done[start : start + len(spans)], strict=True))
+            values.append(sum(parts[0][1:], start=parts[0][0]))
+            gradients.append(sum(parts[1][1:], start=parts[1][0]))
+            buffers.append(parts[2][0])
+        return torch.cat(values), torch.cat(gradients), torch.cat(buffers)
+
+    def _loss_g(
+        self, seat: Seat, draws: Draws, parent: int, k: int, mutations: Sequence, span: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (mutations,) and gradients (mutations, P) of the samples in `span`, times their share; buffers."""
+        seat.hold(self.parents[parent], self.buffers[parent])
+        noise = draws.training_noise[k]
+        label = None if draws.training_label is None else draws.training_label[k, span]
+        images, _ = self._run(seat.module, noise[span], label)
+        values, upstream = self._image_gradients(images.detach(), label, mutations)
+        share = len(images) / len(noise)
+        gradients = []
+        for m, slope in enumerate(upstream):
+            keep = m < len(mutations) - 1
+            parts = torch.autograd.grad(images, seat.flat.parameters, slope * share, retain_graph=keep)
+            gradients.append(seat.flat.pack(parts))
+        return torch.stack(values) * share, torch.stack(gradients), seat.flat.buffers.repeat(len(mutations), 1)
 
     def _image_gradients(
         self, images: Tensor, label: Tensor | None, mutations: Sequence
@@ -219,18 +264,33 @@ class Evolution:
 
     def _score(self, draws: Draws, offspring: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
         """F_q and F_d of every offspring on the same noise and the same unmixed real images ([DAE] 7, 8)."""
-        f_q, f_d = [], []
-        with frozen_statistics(self.discriminator), frozen_statistics(self.generator):
-            real_logit, _ = self._run(self.discriminator, draws.scoring_real)
-            real_gradient = self._d_gradient(losses.real_half(real_logit))  # the same for all offspring
-            for vector, buffer in zip(offspring, buffers, strict=True):
-                self._hold(vector, buffer)
-                with torch.no_grad():
-                    fake, _ = self._run(self.generator, draws.scoring_noise, draws.scoring_label)
-                fake_logit, _ = self._run(self.discriminator, fake)
-                fake_gradient = self._d_gradient(losses.fake_half(fake_logit))
-                f_q.append(losses.quality_fitness(fake_logit.detach()))
-                f_d.append(losses.diversity_fitness(real_gradient + fake_gradient))
+        # The real half of F_d is the same for all offspring. Passes that fill the workers evenly stay whole.
+        passes = [None, *range(len(offspring))]
+        whole = len(passes) % self.workers.count == 0
+        spans = [slice(0, len(draws.scoring_real))] if whole else self._spans(len(draws.scoring_real))
+
+        def job(seat: Seat, i: int | None, span: slice) -> tuple[Tensor, Tensor]:
+            share = (span.stop - span.start) / len(draws.scoring_real)
+            if i is None:
+                logit, _ = self._run(self.discriminator, draws.scoring_real[span])
+                return logit.detach(), self._d_gradient(losses.real_half(logit) * share)
+            seat.hold(offspring[i], buffers[i])
+            label = None if draws.scoring_label is None else draws.scoring_label[span]
+            with torch.no_grad(), frozen_statistics(seat.module):
+                fake, _ = self._run(seat.module, draws.scoring_noise[span], label)
+            logit, _ = self._run(self.discriminator, fake)
+            gradient = self._d_gradient(losses.fake_half(logit) * share)
+            return losses.quality_fitness(logit.detach()) * share, gradient
+
+        with frozen_statistics(self.discriminator):
+            done = self.workers.run([functools.partial(job, i=i, span=span) for i in passes for span in spans])
+        sums = []
+        for start in range(0, len(done), len(spans)):
+            parts = list(zip(*done[start : start + len(spans)], strict=True))
+            sums.append((parts[0], sum(parts[1][1:], start=parts[1][0])))
+        (_, real_gradient), *fakes = sums
+        f_q = [sum(values[1:], start=values[0]) for values, _ in fakes]
+        f_d = [losses.diversity_fitness(real_gradient + gradient) for _, gradient in fakes]
         return torch.stack(f_q), torch.stack(f_d)
 
     def _d_gradient(self, loss: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.train.evolution import Evolution, frozen_statistics
 from cmrhpc.train.flat import Flat, adam_step
 from cmrhpc.train.plain import PlainEvolution
+from cmrhpc.train.workers import keep_no_state
 from tests.train import small
 
 NAMES = ("minimax", "heuristic", "least-squares")
@@ -44,7 +45,7 @@ class OddDiscriminator(nn.Module):
         return self.scale * self.outer(x - 0.1 * x.mean(0, keepdim=True))[:, 0]
 
 
-def make(kind: str, dtype: torch.dtype, **settings):  # type: ignore[no-untyped-def]
+def make(kind: str, dtype: torch.dtype, workers: int = 1, **settings):  # type: ignore[no-untyped-def]
     if kind == "odd":
         torch.manual_seed(0)
         g: nn.Module = OddGenerator()
@@ -55,8 +56,8 @@ def make(kind: str, dtype: torch.dtype, **settings):  # type: ignore[no-untyped-
     d.to(dtype)
     plain = PlainEvolution(copy.deepcopy(g), copy.deepcopy(d), **settings)
     channels_last = torch.channels_last if kind != "odd" else torch.preserve_format
-    fast = Evolution(g.to(memory_format=channels_last), d.to(memory_format=channels_last), **settings)
-    return plain, fast
+    g, d = g.to(memory_format=channels_last), d.to(memory_format=channels_last)  # type: ignore[call-overload]
+    return plain, Evolution(g, d, workers=workers, **settings)
 
 
 def put_in_step(plain: PlainEvolution, fast: Evolution) -> None:
@@ -103,20 +104,26 @@ def distance(plain: PlainEvolution, fast: Evolution) -> float:
 
 
 CASES = [
-    pytest.param(kind, names, survivors, mixup, shared, id=f"{kind}-{len(names)}-{survivors}-{mixup}-{shared}")
-    for kind, names, survivors, mixup, shared in itertools.chain(
-        itertools.product(("residual", "dcgan"), (NAMES, NAMES[1:], NAMES[:1]), (1, 2), (True, False), (True,)),
-        itertools.product(("residual", "dcgan"), (NAMES,), (1, 2), (True,), (False,)),
-        itertools.product(("odd",), (NAMES,), (1, 2), (True, False), (True, False)),
+    pytest.param(
+        kind, names, survivors, mixup, shared, workers, id=f"{kind}-{len(names)}-{survivors}-{mixup}-{shared}-{workers}"
+    )
+    for (kind, names, survivors, mixup, shared), workers in zip(
+        itertools.chain(
+            itertools.product(("residual", "dcgan"), (NAMES, NAMES[1:], NAMES[:1]), (1, 2), (True, False), (True,)),
+            itertools.product(("residual", "dcgan"), (NAMES,), (1, 2), (True,), (False,)),
+            itertools.product(("odd",), (NAMES,), (1, 2), (True, False), (True, False)),
+        ),
+        itertools.cycle((2, 1, 3)),
+        strict=False,
     )
     if survivors <= len(names)
 ]
 
 
-@pytest.mark.parametrize(("kind", "names", "survivors", "mixup", "shared"), CASES)
+@pytest.mark.parametrize(("kind", "names", "survivors", "mixup", "shared", "workers"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fast_step_equals_the_plain_step(kind, names, survivors, mixup, shared, dtype) -> None:  # type: ignore[no-untyped-def]
-    plain, fast = make(kind, dtype, mutations=names, survivors=survivors, gamma=0.3)
+def test_fast_step_equals_the_plain_step(kind, names, survivors, mixup, shared, workers, dtype) -> None:  # type: ignore[no-untyped-def]
+    plain, fast = make(kind, dtype, workers=workers, mutations=names, survivors=survivors, gamma=0.3)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-4
     rng = torch.Generator().manual_seed(1)
     for generation in range(6):
@@ -130,9 +137,36 @@ def test_fast_step_equals_the_plain_step(kind, names, survivors, mixup, shared, 
             fitness = slow.f_q + 0.3 * slow.f_d
             assert (fitness[slow.order] - fitness[quick.order]).abs().max() < 10 * tolerance
         else:
-            # One Adam step moves a weight by at most about the learning rate, also where a gradient is mere rounding.
-            assert distance(plain, fast) < (1e-8 if dtype == torch.float64 else 5e-4)
+            # Where a gradient is mere rounding, its sign is chance: each of up to two Adam steps moves the weight by
+            # up to the learning rate (2e-4) either way.
+            assert distance(plain, fast) < (1e-10 if dtype == torch.float64 else 9e-4)
         put_in_step(plain, fast)
+
+
+@pytest.mark.parametrize("kind", ["residual", "dcgan"])
+def test_side_by_side_gives_the_same_bits_every_time(kind: str) -> None:
+    runs = []
+    for _ in range(3):
+        _, fast = make(kind, torch.float32, workers=2, survivors=2)
+        rng = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            fast.generation(small.draws(rng, dtype=torch.float32, mixup=False, passes=1))
+        runs.append(torch.cat([fast.parents.flatten(), fast.second.flatten(), fast.buffers.flatten(), fast.d.vector]))
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert fast.workers.count == 2
+
+
+def test_networks_that_keep_state_or_draw_do_not_run_side_by_side() -> None:
+    g, d = residual_pair(16, 1, 5, 4, torch.Generator().manual_seed(0))
+    assert keep_no_state(g)
+    assert keep_no_state(dcgan_pair(16, 1, 5, 4, torch.Generator().manual_seed(0))[1])
+    assert not keep_no_state(OddDiscriminator())
+    drawing = copy.deepcopy(d)
+    drawing.add_module("dropout", nn.Dropout(0.1))
+    assert not keep_no_state(drawing)
+    nn.utils.parametrizations.spectral_norm(d.conv)
+    assert not keep_no_state(d)
+    assert Evolution(g, d, workers=2).workers.count == 1
 
 
 def test_gradients_of_all_mutations_agree_with_separate_backward_passes() -> None:

@@ -1,0 +1,80 @@
+"""Threads that each run whole passes through the networks, on a generator of their own.
+
+Two passes side by side, each on one thread, take less time than one after the other on two threads: nobody waits at
+the end of each operation, and operations that know no threads lose nothing. The results do not depend on which thread
+ran what.
+"""
+
+from __future__ import annotations
+
+import copy
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cmrhpc.train.flat import Flat
+
+T = TypeVar("T")
+
+
+class Seat:
+    """A generator that one pass at a time may load and run."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.flat = module, Flat(module)
+
+    def hold(self, vector: Tensor, buffers: Tensor) -> None:
+        """Load one individual."""
+        self.flat.vector.copy_(vector)
+        self.flat.buffers.copy_(buffers)
+
+
+class Workers:
+    """Runs jobs side by side on the CPU, one after the other elsewhere.
+
+    seats: the generator itself, and as many copies of it as there are further workers. count: by default torch's
+    number of threads.
+    """
+
+    def __init__(self, generator: nn.Module, count: int | None = None):
+        on_cpu = all(p.device.type == "cpu" for p in generator.parameters())
+        self.count = (count or torch.get_num_threads()) if on_cpu else 1
+        self.seats = [Seat(copy.deepcopy(generator)) for _ in range(self.count - 1)]
+        self.seats.insert(0, Seat(generator))
+        self._free: queue.SimpleQueue[Seat] = queue.SimpleQueue()
+        for seat in self.seats:
+            self._free.put(seat)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, jobs: Sequence[Callable[[Seat], T]], alone: bool = False) -> list[T]:
+        """Every job's result, in order. `alone`: one after the other, each on all threads."""
+        if self.count == 1 or len(jobs) == 1 or alone:
+            return [job(self.seats[0]) for job in jobs]
+        if self._pool is None:
+            threads = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+            list(self._pool.map(lambda _: None, range(self.count)))
+            torch.set_num_threads(threads)  # what a new thread sets counts for later ones too
+        return [future.result() for future in [self._pool.submit(self._sit, job) for job in jobs]]
+
+    def _sit(self, job: Callable[[Seat], T]) -> T:
+        seat = self._free.get()
+        try:
+            return job(seat)
+        finally:
+            self._free.put(seat)
+
+
+def keep_no_state(module: nn.Module) -> bool:
+    """Whether passes through the module may run side by side: it declares whether it mixes samples, draws no random
+    numbers, and holds no buffers but batch norm's statistics, which are frozen or handed out with the result."""
+    known = hasattr(module, "mixes_samples")
+    for part in module.modules():
+        norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        known &= norm or not any(True for _ in part.buffers(recurse=False))
+        known &= not isinstance(part, nn.modules.dropout._DropoutNd)
+    return known
