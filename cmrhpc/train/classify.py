@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.nets.classifiers import build_classifier
 from cmrhpc.study import Classifier, Compute
-from cmrhpc.train.checkpoint import Checkpoints, stop_here
+from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import autocast, setup_compute
 from cmrhpc.train.log import json_safe
 
@@ -36,6 +36,7 @@ class TrainedClassifier:
         return torch.softmax(_logits(self.network, images).double(), dim=1).numpy()
 
 
+@or_anew
 def train_classifier(
     images: Tensor,  # (N, C, H, W) float32 in [-1, 1]
     labels: Tensor,  # (N,) class indices
@@ -80,12 +81,13 @@ def train_classifier(
     history: list[dict[str, float]] = []
     window: list[float] = []
     saved = checkpoints.newest() if checkpoints else None
-    if saved:
-        step, state = saved.step, saved.state
-        _load(model, optimizer, best, saved.tensors)
-        order.load(saved.tensors, state["position"])
-        best_step, history, window = state["best_step"], state["history"], state["window"]
-        best_loss = min((h["validation_loss"] for h in history), default=math.inf)
+    if checkpoints and saved:
+        with checkpoints.loading():
+            step, state = saved.step, saved.state
+            _load(model, optimizer, best, saved.tensors)
+            order.load(saved.tensors, state["position"])
+            best_step, history, window = state["best_step"], state["history"], state["window"]
+            best_loss = min((h["validation_loss"] for h in history), default=math.inf)
         for entry in history:
             log(entry)
 

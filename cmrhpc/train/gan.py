@@ -17,7 +17,7 @@ from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Affine, Compute, Generator
 from cmrhpc.train.affine import expand
-from cmrhpc.train.checkpoint import Checkpoints, stop_here
+from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.evolution import Draws, Evolution, Outcome
 from cmrhpc.train.latent import Latent
@@ -67,6 +67,7 @@ def build_pair(
     return residual_pair(*size)
 
 
+@or_anew
 def train_gan(
     images: Tensor,  # (N, C, H, W) float32 in [-1, 1], the training images of one class (all classes if conditional)
     labels: Tensor | None,  # (N,) class indices, needed by a conditional generator only
@@ -131,8 +132,9 @@ def train_gan(
     )
     run = _Run(settings, evolution, rng, log)
     saved = checkpoints.newest() if checkpoints else None
-    if saved:
-        run.load(saved.tensors, saved.state)
+    if checkpoints and saved:
+        with checkpoints.loading():
+            run.load(saved.tensors, saved.state)
     run.clock = time.monotonic()
 
     # Train.

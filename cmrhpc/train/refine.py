@@ -17,7 +17,7 @@ from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Affine, Compute, Refiner
 from cmrhpc.train import losses
 from cmrhpc.train.affine import expand
-from cmrhpc.train.checkpoint import Checkpoints, stop_here
+from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import autocast, setup_compute
 from cmrhpc.train.log import json_safe
 
@@ -77,6 +77,7 @@ class TrainedRefiner:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
 
 
+@or_anew
 def train_refiner(
     synthetic: Tensor,  # (M, C, H, W) float32 in [-1, 1], generated images of one class
     real: Tensor,  # (N, C, H, W), the training images of that class
@@ -123,12 +124,14 @@ def train_refiner(
     window: dict[str, list[float]] = {}
     step = 0
     saved = checkpoints.newest() if checkpoints else None
-    if saved:
-        step, entries, window = saved.step, saved.state["entries"], saved.state["window"]
-        for prefix, net, optimizer in (("r", r, r_sgd), ("d", d, d_sgd)):
-            _load(prefix, net, optimizer, saved.tensors)
-        buffer.images, buffer.filled = saved.tensors["buffer"].to(device), saved.state["filled"]
-        rng.set_state(saved.tensors["rng"])
+    if checkpoints and saved:
+        with checkpoints.loading():
+            step, entries, window = saved.step, saved.state["entries"], saved.state["window"]
+            for prefix, net, optimizer in (("r", r, r_sgd), ("d", d, d_sgd)):
+                _load(prefix, net, optimizer, saved.tensors)
+            buffer.images.copy_(saved.tensors["buffer"])
+            buffer.filled = saved.state["filled"]
+            rng.set_state(saved.tensors["rng"])
         for entry in entries:
             log(entry)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cmrhpc.errors import BadInput
+from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.train.checkpoint import Checkpoints, differences
+from tests.train.small import same
 
 SETTINGS = {"seed": 3, "generator": {"batch": 32, "mutations": ["minimax"]}}
 
@@ -107,6 +111,81 @@ def test_other_settings_are_refused_with_the_differences(tmp_path: Path) -> None
     assert 'generator.mutations: ["minimax"] -> ["minimax", "heuristic"]' in error.value.what
     assert "new: null -> true" in error.value.what
     assert "batch" not in error.value.what
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change what a checkpoint says of itself, and its tensors, and make its digest right again."""
+    import hashlib
+
+    from safetensors.torch import load, save
+
+    blob = path.read_bytes().partition(b"\n")[2]
+    meta = json.loads(json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]["cmrhpc"])
+    held = load(blob)
+    change(meta, held)
+    blob = save(held, metadata={"cmrhpc": json.dumps(meta)})
+    path.write_bytes(hashlib.sha256(blob).hexdigest().encode() + b"\n" + blob)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "of"),
+    [
+        *(("gan", of) for of in ("format", "no format", "tensor", "shape", "state")),
+        *(("refiner", of) for of in ("tensor", "shape", "state")),
+        ("classifier", "tensor"),
+    ],
+)
+def test_a_checkpoint_of_another_version_starts_the_training_anew(
+    tmp_path: Path, trainer: str, of: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.train import test_classify, test_gan, test_refine
+
+    train: Callable[..., Any] = {
+        "gan": lambda **more: test_gan.train(test_gan.TINY, **more),
+        "refiner": lambda **more: test_refine.train(test_refine.TINY, **more),
+        "classifier": test_classify.train,
+    }[trainer]
+
+    def change(meta: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+        name = {"gan": "d", "refiner": "d.0.weight", "classifier": "order.rng"}[trainer]
+        name = name if name in held else next(n for n in sorted(held) if held[n].dim() > 1 and "momentum" not in n)
+        meta["version"] = "0.0.9"
+        if of == "format":
+            meta["format"] = 0
+        elif of == "no format":
+            del meta["format"]
+        elif of == "tensor":
+            held["another." + name] = held.pop(name)
+        elif of == "shape":
+            held[name] = torch.cat([held[name], held[name]])
+        else:
+            del meta["state"][{"gan": "wins", "refiner": "window", "classifier": "history"}[trainer]]
+
+    with pytest.raises(Checkpointed):
+        train(checkpoints=Checkpoints(tmp_path, {}), should_stop=lambda: True)
+    (path,) = files(tmp_path)
+    rewrite(path, change)
+    logs: list[list[Any]] = [[], []]
+    anew = train(checkpoints=Checkpoints(tmp_path, {}, every_seconds=1000), log=logs[0].append)
+    told = capsys.readouterr().out
+    assert "written by another version of cmrhpc (0.0.9)" in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.glob("*"))
+    whole = train(log=logs[1].append)
+    assert same(weights(anew), weights(whole))
+    assert len(logs[0]) == len(logs[1])  # what the unreadable one had logged is not handed out
+
+
+def weights(trained: Any) -> dict[str, torch.Tensor]:
+    return trained.weights() if hasattr(trained, "weights") else trained.network.state_dict()
+
+
+def test_a_device_out_of_memory_is_not_another_version(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SETTINGS)
+    checkpoints.save(1, tensors(1), {})
+    with pytest.raises(RuntimeError, match="CUDA out of memory"), checkpoints.loading():
+        raise RuntimeError("CUDA out of memory")
+    assert files(tmp_path)
 
 
 def test_tuples_and_lists_are_the_same_setting(tmp_path: Path) -> None:
