@@ -256,7 +256,12 @@ def export(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from cmrhpc.doctor import findings
 
-    found = findings(Path(args.workspace) if args.workspace else None)
+    profile = None
+    if args.profile:
+        from cmrhpc.profile import load_profile
+
+        profile = load_profile(args.profile)
+    found = findings(Path(args.workspace) if args.workspace else None, profile)
     lines = []
     for finding in found:
         lines.append(f"{'ok  ' if finding['ok'] else 'MEND'} {finding['what']}")
@@ -395,7 +400,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb(
         "doctor", doctor, "what is installed, which GPU, which Slurm, which container, what is missing", "cmrhpc doctor"
     )
-    p.add_argument("workspace", metavar="WORKSPACE", nargs="?")
+    p.add_argument("workspace", metavar="WORKSPACE", nargs="?", help="a folder, to look at its file system too")
+    p.add_argument("--profile", default=None, metavar="P", help="a file, or a name from slurm/profiles")
     p.add_argument("--json", action="store_true")
     return top
 

@@ -75,11 +75,19 @@ def how_ended(element: Element) -> str:
             return "cancelled by Slurm: a job it waited for failed"
         return f"cancelled by {_user(element.by)}" if element.by else words
     if element.state == "FAILED":
-        number = element.signal or (element.exit_code - 128 if 128 < element.exit_code < 160 else 0)
+        number = element.signal or _ended_by(element.exit_code)
         if number:
             return f"its process was ended by {_signal(number)}"
         return f"{words} with exit code {element.exit_code}" if element.exit_code else words
     return words
+
+
+def _ended_by(exit_code: int) -> int:
+    """The signal that an exit code stands for, or 0. A shell adds 128; Apptainer says the bare number."""
+    if 128 < exit_code < 160:
+        return exit_code - 128
+    bare = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
+    return exit_code if exit_code in bare else 0
 
 
 def how_requeued(before: tuple[str, ...]) -> str:

@@ -56,7 +56,7 @@ def _groups(tasks: list[TaskStatus]) -> list[tuple[str, str, list[TaskStatus]]]:
     found: dict[tuple[str, str], list[TaskStatus]] = {}
     for word in (FAILED, RUNNING, WAITING):
         for task in tasks:
-            if task.word == word and not task.reason.startswith(NOT_STARTED):
+            if task.word == word and task.reason != NOT_STARTED:
                 # Each running task has a line of its own.
                 alone = f"{task.reason}\0{task.state.index}" if word == RUNNING else task.reason
                 found.setdefault((word, alone), []).append(task)

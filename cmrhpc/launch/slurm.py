@@ -188,7 +188,7 @@ def parse_accounting(text: str) -> dict[str, Element]:
 
 def limits(account: str = "", qos: str = "") -> Limits:
     """What this user may submit, as far as the cluster tells; narrowed to an account and a quality of service."""
-    text = ask(["scontrol", "show", "config"]).out
+    settings = config() or {}
     shape = ["--noheader", "--parsable2"]
     own = ask(
         [
@@ -209,7 +209,10 @@ def limits(account: str = "", qos: str = "") -> Limits:
         split = [line.split("|") for line in classes.out.splitlines() if line.count("|") == 2]
         numbers += [value for row in split if row[0] in names for value in row[1:]]
     known = [int(value) for value in numbers if value.isdigit()]
-    return Limits(_number(text, "MaxArraySize"), _number(text, "MaxJobCount"), min(known, default=None))
+    size, jobs = (settings.get(name, "") for name in ("MaxArraySize", "MaxJobCount"))
+    return Limits(
+        int(size) if size.isdigit() else None, int(jobs) if jobs.isdigit() else None, min(known, default=None)
+    )
 
 
 def _user() -> str:
@@ -219,23 +222,24 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _number(text: str, name: str) -> int | None:
-    found = re.search(rf"^{name}\s*=\s*(\d+)", text, flags=re.MULTILINE)
-    return int(found[1]) if found else None
-
-
-def setting(name: str) -> str | None:
-    """A line of the cluster's configuration, e.g. AccountingStorageType; None where Slurm does not answer."""
+def config() -> dict[str, str] | None:
+    """The cluster's configuration, e.g. AccountingStorageType, and its time as "as of"; None: Slurm does not answer."""
     answer = ask(["scontrol", "show", "config"])
-    found = re.search(rf"^{name}\s*=\s*(\S.*)$", answer.out, flags=re.MULTILINE)
-    return found[1].strip() if answer.code == 0 and found else None
+    return parse_config(answer.out) if answer.code == 0 else None
 
 
-def controller_time() -> float | None:
-    """The controller's clock, in whole seconds since 1970; None where it does not answer."""
-    answer = ask(["scontrol", "show", "config"])
-    found = re.match(r"Configuration data as of (\d+)$", answer.out, flags=re.MULTILINE)
-    return float(found[1]) if answer.code == 0 and found else None
+def parse_config(text: str) -> dict[str, str]:
+    """What `scontrol show config` printed."""
+    found = dict(re.findall(r"^([A-Za-z_]+)\s*=[ \t]*(\S.*?)[ \t]*$", text, flags=re.MULTILINE))
+    if now := re.match(r"Configuration data as of (\S+)$", text, flags=re.MULTILINE):
+        found["as of"] = now[1]
+    return found
+
+
+def controller_time(settings: dict[str, str]) -> float | None:
+    """The controller's clock when it gave these settings, in whole seconds since 1970; None where it does not say."""
+    told = settings.get("as of", "")
+    return float(told) if told.isdigit() else None
 
 
 def installed() -> bool:

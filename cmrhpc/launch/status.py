@@ -223,7 +223,7 @@ class _Jobs:
     def _ended(self, state: State, record: Record | None, log: str, key: str, element: Element) -> TaskStatus:
         """Its newest element has ended, and the shard is not there."""
         if element.state == "COMPLETED" or (record and record.state == records.DONE):
-            return TaskStatus(state, WAITING, f"{NOT_STARTED}: {state.reason}", log)
+            return TaskStatus(state, WAITING, _not_started(state), log)
         if record and record.state == records.FAILED and element.state == "FAILED":
             return TaskStatus(state, FAILED, _first_line(record.reason), log, key)
         stopped = record and record.state == records.STOPPED
@@ -238,7 +238,7 @@ class _Jobs:
         if record.state == records.STOPPED:
             return TaskStatus(state, WAITING, "checkpointed: run or submit it again", log)
         if record.state == records.DONE:
-            return TaskStatus(state, WAITING, f"{NOT_STARTED}: {state.reason}", log)
+            return TaskStatus(state, WAITING, _not_started(state), log)
         if record.key and self.own is not None:
             reason = "its job has left the queue: killed, cancelled, out of time, or its node was lost"
             return TaskStatus(state, FAILED, reason, log, record.key)
@@ -252,7 +252,7 @@ class _Jobs:
             job, element = maybe
             reason = f"perhaps in job {job}: {reasons.why_waiting(element)}"
             return TaskStatus(state, WAITING, reason, log, job, queued=True)
-        return TaskStatus(state, WAITING, "waits for its inputs" if state.waits_for else NOT_STARTED, log)
+        return TaskStatus(state, WAITING, "waits for its inputs" if state.waits_for else _not_started(state), log)
 
     def estimate(self, stage: str, row: StageStatus, took: list[float]) -> None:
         """GPU-hours of what is missing: from the seconds that done tasks of its stage took, else from time limits."""
@@ -294,6 +294,10 @@ def _newer(record: Record, key: str, submission: Submission | None) -> bool:
 def _job_number(key: str) -> int:
     number = key.partition("_")[0]
     return int(number) if number.isdigit() else 0
+
+
+def _not_started(state: State) -> str:
+    return NOT_STARTED if state.reason == "missing" else f"{NOT_STARTED}: {state.reason}"
 
 
 def _first_line(text: str) -> str:

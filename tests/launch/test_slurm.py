@@ -62,10 +62,31 @@ def test_partitions_as_printed() -> None:
     ]
 
 
+def test_configuration_as_printed() -> None:
+    text = """Configuration data as of 1795183589
+AccountingStorageType   = accounting_storage/slurmdbd
+AccountingStorageParameters = (null)
+MaxArraySize            = 1001
+SchedulerParameters     = sched_interval=1,bf_interval=1
+
+Slurmctld(primary) at cmrnode is UP
+"""
+    told = slurm.parse_config(text)
+    assert told == {
+        "as of": "1795183589",
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "AccountingStorageParameters": "(null)",
+        "MaxArraySize": "1001",
+        "SchedulerParameters": "sched_interval=1,bf_interval=1",
+    }
+    assert slurm.controller_time(told) == 1795183589.0
+    assert slurm.controller_time({"as of": "2026-11-20T14:04:07"}) is None
+
+
 def test_no_slurm_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert slurm.queue(["1"]) is slurm.accounting(["1"]) is slurm.partitions() is slurm.version() is None
-    assert slurm.controller_time() is None
+    assert slurm.config() is None
     assert slurm.limits() == Limits()
 
 

@@ -1,0 +1,197 @@
+"""What `cmrhpc doctor` finds on a login node: Slurm, Apptainer, the image, the shared file system, clocks and disks.
+
+Asks programs with a time limit; of files it makes only some of its own in the workspace, and removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmrhpc import files
+from cmrhpc.errors import BadInput
+from cmrhpc.findings import Finding, finding
+from cmrhpc.launch import slurm
+from cmrhpc.launch.slurm import Partition
+
+if TYPE_CHECKING:
+    from cmrhpc.profile import Profile
+
+GIB = 2**30
+SKEW_S = 5.0  # file systems count time in steps, Slurm answers in whole seconds
+BUILD_GIB, CACHE_GIB, TEMPORARY_GIB = 12, 2, 2
+DOCS = "see docs/clusters.md"
+
+
+def slurm_findings(profile: Profile | None) -> list[Finding]:
+    """Version, controller, accounting, limits, and each partition with its time limit and GPUs."""
+    version = slurm.version()
+    if version is None:
+        return [finding(False, "Slurm is not here", "only for submit: use a login node")]
+    found = [finding(True, f"Slurm {version}")]
+    config = slurm.config()
+    if config is None:
+        mend = "wait and try again; when it lasts, ask the cluster's administrator"
+        return [*found, finding(False, f"Slurm's controller does not answer within {slurm.SECONDS:.0f} s", mend)]
+    found += [_accounting(config), _limits(profile), *_clock(config)]
+    return found + _partitions(slurm.partitions() or [], profile)
+
+
+def _accounting(config: dict[str, str]) -> Finding:
+    if config.get("AccountingStorageType", "(null)").rpartition("/")[2] in ("none", "(null)"):
+        return finding(True, "accounting is off: status tells from the queue and the tasks' own records")
+    works = slurm.ask(["sacct", "--noheader", "--allocations", "--format=jobid"]).code == 0
+    return finding(
+        works, f"accounting {'is on' if works else 'does not answer'}", "status works without; tell the administrator"
+    )
+
+
+def _limits(profile: Profile | None) -> Finding:
+    limits = slurm.limits(*((profile.slurm.account, profile.slurm.qos) if profile else ()))
+    words = [f"arrays of {limits.max_array_size or '?'} tasks at most"]
+    words += [f"{limits.max_jobs} jobs in all"] if limits.max_jobs else []
+    words.append("no submit limit found" if limits.max_submit is None else f"you may have {limits.max_submit} queued")
+    enough = limits.max_submit is None or limits.max_submit > 0
+    return finding(enough, f"limits: {', '.join(words)}", "this account may not submit: name another in the profile")
+
+
+def _clock(config: dict[str, str]) -> list[Finding]:
+    told = slurm.controller_time(config)
+    return [] if told is None else [_skew("the controller's clock", told - time.time())]
+
+
+def _skew(whose: str, seconds: float) -> Finding:
+    mend = "its administrator should run NTP: records and job times cannot be compared"
+    if abs(seconds) <= SKEW_S:
+        return finding(True, f"{whose} agrees with this machine's")
+    return finding(
+        False, f"{whose} is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} this machine's", mend
+    )
+
+
+def _partitions(partitions: list[Partition], profile: Profile | None) -> list[Finding]:
+    found = []
+    for partition in partitions:
+        gpus = ", ".join(kind for kind in partition.gres if kind.startswith("gpu")) or "no GPUs"
+        default = " (default)" if partition.default else ""
+        what = f"partition {partition.name}{default}: {partition.nodes} nodes, {gpus}, at most {partition.time_limit}"
+        found.append(finding(partition.up, what if partition.up else f"{what}, is down", "use another for now"))
+    names = [partition.name for partition in partitions]
+    if profile and profile.slurm.partition:
+        for name in profile.slurm.partition.split(","):
+            if name not in names:
+                mend = f"name one of {', '.join(names)} in the profile" if names else "ask the administrator"
+                found.append(finding(False, f"profile {profile.name}: there is no partition {name}", mend))
+    if partitions and not any(kind.startswith("gpu") for partition in partitions for kind in partition.gres):
+        found.append(finding(False, "no partition has GPUs", "tasks compute on CPUs: leave gres empty in the profile"))
+    return found
+
+
+# ---------------------------------------------------------------- the container
+
+
+def container_findings(profile: Profile | None) -> list[Finding]:
+    """Apptainer, user namespaces, and the image that the profile or CMRHPC_CONTAINER names."""
+    found = []
+    answer = slurm.ask(["apptainer", "--version"])
+    if answer.code != 0:
+        mend = "only for the container: `module load apptainer`, or submit from a virtual environment"
+        found.append(finding(False, "Apptainer is not here", mend))
+    else:
+        found += [finding(True, answer.out.strip()), _namespaces()]
+    image = os.path.expandvars(profile.container.image) if profile else os.environ.get("CMRHPC_CONTAINER", "")
+    return found + (_image(Path(image).expanduser()) if image else [])
+
+
+def _namespaces() -> Finding:
+    if slurm.ask(["unshare", "--user", "true"]).code == 0:
+        return finding(True, "user namespaces work: images can be run and built here")
+    place = re.search(r"^LIBEXECDIR=(.+)$", slurm.ask(["apptainer", "buildcfg"]).out, flags=re.MULTILINE)
+    starter = Path(place[1] if place else "/usr/libexec", "apptainer/bin/starter-suid")
+    if starter.is_file() and starter.stat().st_mode & 0o4000 and starter.stat().st_uid == 0:
+        return finding(True, "no user namespaces, but Apptainer is setuid: images can be run here, not built")
+    return finding(
+        False, "no user namespaces, and Apptainer is not setuid: no image runs here", f"use no container: {DOCS}"
+    )
+
+
+def _image(image: Path) -> list[Finding]:
+    if not image.exists():
+        return [finding(False, f"no image {image}", "containers/build.sh, or copy it: " + DOCS)]
+    checksum = Path(f"{image}.sha256")
+    if not checksum.is_file():
+        return [finding(False, f"image {image}: no checksum beside it", f"copy {checksum.name} too, or: sha256sum")]
+    told = (checksum.read_text().split() or [""])[0]
+    if image.is_dir():
+        return [finding(True, f"image {image}: an unpacked folder, which carries the checksum {told[:12]}...")]
+    try:
+        with open(image, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        return [finding(False, f"image {image} cannot be read: {error.strerror}", "mend its access")]
+    mend = "it was cut or changed on the way: copy it again, with its checksum"
+    return [
+        finding(digest == told, f"image {image}: its checksum {'holds' if digest == told else 'does not hold'}", mend)
+    ]
+
+
+# ---------------------------------------------------------------- files and disks
+
+
+def folder_findings(workspace: Path) -> list[Finding]:
+    """Whether a shared file system keeps what the workspace rests on, and tells the time."""
+    try:
+        with tempfile.TemporaryDirectory(dir=workspace, prefix=".doctor") as name:
+            folder = Path(name)
+            before = time.time()
+            files.atomic_write(folder / "file", "one")
+            after = time.time()
+            written = (folder / "file").stat().st_mtime
+            files.atomic_write(folder / "file", "two")
+            renames = (folder / "file").read_text() == "two" and len(os.listdir(folder)) == 1
+            mend = "put the workspace on another file system"
+            found = [finding(renames, f"{workspace} is writable and renames in one step", mend), _links(folder, mend)]
+        free = shutil.disk_usage(workspace).free / GIB
+    except (OSError, BadInput) as error:
+        why = error.what if isinstance(error, BadInput) else error.strerror
+        return [finding(False, f"{workspace}: {why}", "mend its access, or choose another folder")]
+    found.append(finding(free >= 1, f"{workspace} has {free:.0f} GiB free", "free some space"))
+    off = written - before if written < before else max(0.0, written - after)
+    return [*found, _skew("the file system's clock", off)]
+
+
+def _links(folder: Path, mend: str) -> Finding:
+    try:
+        first, second = files.create_once(folder / "once", "1"), files.create_once(folder / "once", "2")
+    except BadInput as error:
+        return finding(False, f"files cannot be created once and for all here: {error.what}", mend)
+    right = first and not second
+    return finding(right, f"of two who create one file {'one wins' if right else 'not exactly one wins'}", mend)
+
+
+def disk_findings() -> list[Finding]:
+    """Free space where programs write besides the workspace."""
+    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    found = [_space("TMPDIR", temporary, TEMPORARY_GIB, "tasks and Apptainer write there")]
+    if shutil.which("apptainer"):
+        build = Path(os.environ.get("APPTAINER_TMPDIR") or temporary)
+        found.append(_space("APPTAINER_TMPDIR", build, BUILD_GIB, "building the image needs it"))
+        cache = Path(os.environ.get("APPTAINER_CACHEDIR") or Path.home() / ".apptainer" / "cache")
+        found.append(_space("APPTAINER_CACHEDIR", cache, CACHE_GIB, "a base image from a registry is kept there"))
+    return found
+
+
+def _space(name: str, folder: Path, gib: int, purpose: str) -> Finding:
+    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+    free = 0.0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(there).free / GIB if os.access(there, os.W_OK) else 0.0
+    mend = f"{purpose}: set {name} to a folder with {gib} GiB or more; {DOCS}"
+    return finding(free >= gib, f"{name} {folder}: {free:.1f} GiB free", mend)

@@ -1,0 +1,111 @@
+"""What doctor finds: what is well, what is not, and its mend. The real cluster's part is in tests/cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cmrhpc.cli import main
+from cmrhpc.findings import Finding
+from cmrhpc.launch import cluster
+from tests.launch.conftest import Put
+
+
+def found(findings: list[Finding], words: str) -> Finding:
+    """The one finding that has these words."""
+    (one,) = [finding for finding in findings if words in finding["what"]]
+    return one
+
+
+def test_machine_without_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["doctor", str(tmp_path), "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert all(set(finding) == {"what", "ok", "mend"} for finding in findings)
+    assert all(bool(finding["mend"]) is not finding["ok"] for finding in findings)
+    assert not found(findings, "Slurm is not here")["ok"]
+    assert not found(findings, "Apptainer is not here")["ok"]
+    assert found(findings, "is writable and renames in one step")["ok"]
+    assert found(findings, "of two who create one file one wins")["ok"]
+    assert found(findings, "the file system's clock agrees")["ok"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_controller_that_does_not_answer(program: Put) -> None:
+    program("sinfo", "[ $1 = --version ] && echo slurm 23.02.7")
+    program("scontrol", "exit 1")
+    version, silent = cluster.slurm_findings(None)
+    assert version == {"what": "Slurm 23.02.7", "ok": True, "mend": ""}
+    assert silent["what"] == "Slurm's controller does not answer within 10 s"
+
+
+def test_partitions_accounting_and_clock(program: Put) -> None:
+    program("sinfo", "[ $1 = --version ] && echo slurm 23.02.7 || echo 'long*|down|7-00:00:00|3|(null)'")
+    program("scontrol", "echo Configuration data as of 1000; echo 'AccountingStorageType = accounting_storage/none'")
+    program("sacctmgr", "exit 1")
+    findings = cluster.slurm_findings(None)
+    assert found(findings, "accounting is off")["ok"]
+    assert "behind this machine's" in found(findings, "the controller's clock")["what"]
+    assert not found(findings, "partition long (default): 3 nodes, no GPUs, at most 7-00:00:00, is down")["ok"]
+    assert "leave gres empty" in found(findings, "no partition has GPUs")["mend"]
+    assert found(findings, "arrays of ? tasks at most, no submit limit found")["ok"]
+
+
+def test_image_and_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "cmrhpc.sif"
+    monkeypatch.setenv("CMRHPC_CONTAINER", str(image))
+    assert not found(cluster.container_findings(None), "no image")["ok"]
+    image.write_text("one")
+    assert "no checksum beside it" in found(cluster.container_findings(None), str(image))["what"]
+    checksum = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"  # of "one"
+    (tmp_path / "cmrhpc.sif.sha256").write_text(f"{checksum}  cmrhpc.sif\n")
+    assert found(cluster.container_findings(None), "its checksum holds")["ok"]
+    image.write_text("two")
+    assert "copy it again" in found(cluster.container_findings(None), "its checksum does not hold")["mend"]
+    image.unlink()
+    image.mkdir()
+    assert found(cluster.container_findings(None), f"an unpacked folder, which carries the checksum {checksum[:12]}")[
+        "ok"
+    ]
+
+
+def test_image_without_user_namespaces(program: Put, tmp_path: Path) -> None:
+    program("apptainer", "echo apptainer version 1.4.5")
+    program("unshare", "exit 1")
+    assert not found(cluster.container_findings(None), "no user namespaces, and Apptainer is not setuid")["ok"]
+    program("apptainer", f"[ $1 = buildcfg ] && echo LIBEXECDIR={tmp_path}/lib || echo apptainer version 1.4.5")
+    starter = tmp_path / "lib/apptainer/bin/starter-suid"
+    starter.parent.mkdir(parents=True)
+    starter.write_text("")
+    starter.chmod(0o4755)
+    setuid = os.geteuid() == 0  # only root's file would be
+    words = "but Apptainer is setuid" if setuid else "and Apptainer is not setuid"
+    assert found(cluster.container_findings(None), words)["ok"] is setuid
+
+
+def test_disks_that_are_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Put) -> None:
+    program("apptainer", "echo apptainer version 1.4.5")
+    for name in ("TMPDIR", "APPTAINER_TMPDIR", "APPTAINER_CACHEDIR"):
+        monkeypatch.setenv(name, "/dev/shm/not/there")
+    monkeypatch.setattr(cluster, "TEMPORARY_GIB", 1e6)
+    monkeypatch.setattr(cluster, "BUILD_GIB", 0)
+    one, two, three = cluster.disk_findings()
+    assert not one["ok"]
+    assert "set TMPDIR to a folder with" in one["mend"]
+    assert two["ok"]
+    assert three["what"].startswith("APPTAINER_CACHEDIR /dev/shm/not/there: ")
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    (finding,) = cluster.folder_findings(tmp_path / "nowhere")
+    assert finding["what"].endswith("nowhere: No such file or directory")
+
+
+def test_profile_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--profile", "nowhere.toml"]) == 3
+    assert "nowhere.toml" in capsys.readouterr().err
