@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 DEMO   := runs/demo
 
-.PHONY: demo test test-cluster test-slow lint clean
+.PHONY: demo test test-cluster test-slow bench lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test-cluster: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# About ten minutes on two idle cores. Nothing else should run.
+bench: $(READY)
+	$(BIN)/cmrhpc bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

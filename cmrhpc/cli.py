@@ -270,6 +270,26 @@ def doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    from cmrhpc.bench.run import SECTIONS, cores
+    from cmrhpc.bench.run import bench as measure
+
+    only = [word for word in (args.only or "").split(",") if word]
+    for word in only:
+        if word not in SECTIONS:
+            near = did_you_mean(word, SECTIONS, TYPED)
+            raise UsageError(f'unknown section "{word}"', "--only", f"{near}there are {', '.join(SECTIONS)}")
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    threads = args.threads or min(2, cores())
+    found = measure(only, args.quick, threads, args.tasks, args.images, args.workspace or "", args.profile or "", say)
+    if args.json:
+        print(json.dumps(found))
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------ reading arguments
 
 
@@ -396,6 +416,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--to", required=True, metavar="FOLDER")
     p.add_argument("--format", choices=("mha", "png"), default="png")
     p.add_argument("--limit", type=int, default=0, metavar="N", help="at most N images (0: all)")
+
+    p = verb(
+        "bench", bench, "measure this machine against plain code, and predict a study's time", "cmrhpc bench ws --quick"
+    )
+    p.add_argument("workspace", metavar="WORKSPACE", nargs="?", help="predict the stages of its study")
+    p.add_argument(
+        "--profile", metavar="P", help="hold the prediction (without WORKSPACE: of fu2021) against its limits"
+    )
+    p.add_argument("--quick", action="store_true", help="few rounds and few tasks")
+    sections = "generation,classifier,overhead,shards,ingest,tasks,gpu,predict"
+    p.add_argument("--only", metavar="SECTIONS", help=f"of {sections}")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: 2, or the cores there are")
+    p.add_argument("--tasks", type=int, default=0, metavar="N", help="tasks of the made-up study (10,000; quick: 500)")
+    p.add_argument("--images", type=int, default=0, metavar="N", help="images to ingest (3,000; quick: 200)")
+    p.add_argument("--json", action="store_true")
 
     p = verb(
         "doctor", doctor, "what is installed, which GPU, which Slurm, which container, what is missing", "cmrhpc doctor"

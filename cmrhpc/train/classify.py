@@ -64,14 +64,11 @@ def train_classifier(
     device = torch.device(device)
     if not len(images) or not len(validation_images):
         raise BadInput("a classifier needs training and validation images", mend="use fewer folds or more patients")
-    model = build_classifier(settings.network, images.shape[1], n_classes, init_seed, settings.weights)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=settings.learning_rate)
+    training = Training(images, labels, settings, compute, n_classes, init_seed, device)
+    model, optimizer = training.model, training.optimizer
     order = DataOrder(len(images), settings.batch, order_seed)
 
     # Load the data.
-    images = images.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
-    labels = labels.to(device, torch.long)
     validation_images = validation_images.to(device, torch.float32)
     validation_labels = validation_labels.cpu().long()
 
@@ -95,15 +92,9 @@ def train_classifier(
     clock = time.monotonic()
     model.train()
     while step < settings.steps:
-        index = order.next().to(device)
-        with autocast(compute, device):
-            logits = model(images[index])
-        loss = F.cross_entropy(logits.float(), labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = training.step(order.next())
         step += 1
-        window.append(float(loss.detach()))
+        window.append(float(loss))
 
         # Validate, and keep the best weights.
         if step % settings.validate_every == 0 or step == settings.steps:
@@ -140,6 +131,38 @@ def train_classifier(
 
     model.load_state_dict(best)
     return TrainedClassifier(model, history, best_step)
+
+
+class Training:
+    """A seeded classifier in channels-last, its optimizer, and the training data on its device."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        settings: Classifier,
+        compute: Compute,
+        n_classes: int,
+        init_seed: int,
+        device: torch.device,
+    ):
+        self.compute, self.device = compute, device
+        self.model = build_classifier(settings.network, images.shape[1], n_classes, init_seed, settings.weights)
+        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.RMSprop(self.model.parameters(), lr=settings.learning_rate)
+        self.images = images.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
+        self.labels = labels.to(device, torch.long)
+
+    def step(self, index: Tensor) -> Tensor:
+        """One step on the images of `index` (batch,); returns their loss ()."""
+        index = index.to(self.device)
+        with autocast(self.compute, self.device):
+            logits = self.model(self.images[index])
+        loss = F.cross_entropy(logits.float(), self.labels[index])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
 
 class DataOrder:
