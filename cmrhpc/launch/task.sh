@@ -72,9 +72,12 @@ done
 slurm_file=$(readlink "/proc/$$/fd/1")
 [ -s "$slurm_file" ] || [ ! -f "$slurm_file" ] || rm -f "$slurm_file"
 if [ $checkpointed = yes ]; then
+    # SLURM_JOB_ID of one element is the number of the whole array: all of it, what has ended too, would go back.
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-${SLURM_JOB_ID:-}}
     # A preempted job Slurm itself puts back; a second time would cost it its next run.
-    if [ $requeue = yes ] && [ -n "${SLURM_JOB_ID:-}" ] && [[ $(scontrol show job "$SLURM_JOB_ID") = *PreemptTime=None* ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
+    if [ $requeue = yes ] && [ -n "$job" ] && [[ $(scontrol show job "$job") = *PreemptTime=None* ]]; then
+        scontrol requeue "$job"
     fi
     [ $worst -ne 0 ] || worst=75
 fi

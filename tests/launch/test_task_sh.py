@@ -89,6 +89,16 @@ def test_every_task_is_asked_to_stop_and_the_job_goes_back_once(
         assert (place / "scontrol.said").read_text().count("requeue") == 1
 
 
+def test_only_its_own_element_goes_back(place: Path) -> None:
+    """One element of an array has the number of the whole array as its own."""
+    more = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    running = start(place, "100", **more)
+    wait_for(place / "began.100")
+    running.send_signal(signal.SIGUSR2)
+    assert running.wait(60) == 75
+    assert (place / "scontrol.said").read_text().splitlines() == ["show job 9_3", "requeue 9_3"]
+
+
 def test_a_signal_before_a_task_listens_loses_nothing(place: Path, program: Put) -> None:
     program("cmrhpc", "touch began; kill -USR2 $$")
     assert start(place, "1").wait(60) == 75
