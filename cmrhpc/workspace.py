@@ -26,6 +26,7 @@ from cmrhpc.study import Study, load_study
 
 SHARD_FOLDERS = ("synthetic", "refined", "predictions")
 _SEGMENT = re.compile(r"(\d{4})\.json")
+_ELEMENT = re.compile(r"\d{1,12}_\d{1,12}")
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # as JSON
 
 
@@ -40,7 +41,7 @@ class Entry:
     task_sha256: str
     inputs: dict[str, str]
     seconds: float  # what its task took, of the last try alone; 0 where unknown
-    job: str  # Slurm's number of the array or job that wrote it, empty outside Slurm
+    job: str  # the element of a job array that wrote it, as Slurm calls it (12_3); empty otherwise
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,9 @@ class Workspace:
         task = shards.sha256_of(header.task)
         told = header.info.get("seconds")
         seconds = float(told) if isinstance(told, int | float) and 0 <= told < 1e9 else 0.0
-        job = str(header.info.get("slurm_array_job_id") or header.info.get("slurm_job_id") or "")
-        job = job if job.isdigit() and len(job) < 20 else ""
+        names = ("slurm_array_job_id", "slurm_array_task_id")
+        job = "_".join(str(header.info[name]) for name in names if name in header.info)
+        job = job if _ELEMENT.fullmatch(job) else ""
         hashes = header.content_sha256, header.settings_sha256
         return Entry(inode, *hashes, header.seed, task, header.inputs, seconds, job)
 

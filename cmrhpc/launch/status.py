@@ -98,7 +98,8 @@ class _Jobs:
         self.records: dict[tuple[str, int], Record] = {}
         self.logs: set[str] = set()
         self.by_task: dict[tuple[str, int], list[tuple[Submission, int]]] = {}
-        self.arrays: dict[str, set[str]] = {}  # stage -> arrays submitted by plain sbatch, whose element is the index
+        # stage -> arrays submitted by plain sbatch -> what is to be added to an element for the index of its task
+        self.arrays: dict[str, dict[str, int]] = {}
         self.trouble = ""
         self.accounting: bool | None = None
         # Of plain sbatch arrays that have not started the queue shows the name (the stage) and the element alone.
@@ -119,21 +120,22 @@ class _Jobs:
         known = {submission.job for submission in self.submissions}
         jobs: set[str] = set()
         for stage, some in states.items():
-            here = self.arrays.setdefault(stage, set())
+            here = self.arrays.setdefault(stage, {})
             for state in some:
                 if state.done:
-                    here.add(index[state.task.output].job if state.task.output in index else "")
+                    key = index[state.task.output].job if state.task.output in index else ""
+                    _add_array(here, key, state.index)
                     continue
                 path = records.record_path(self.workspace, stage, state.index)
                 record = records.read_record(path) if path.name in self.logs else None
                 if record:
                     self.records[stage, state.index] = record
                     jobs.add(record.job)
-                    here.add(record.job if record.element else "")
+                    _add_array(here, record.key, state.index)
                 jobs.update(submission.job for submission, _ in self.by_task.get((stage, state.index), ()))
-            here -= known | {""}
+            self.arrays[stage] = {job: offset for job, offset in here.items() if job not in known}
             if not all(state.done for state in some):
-                jobs |= here
+                jobs |= self.arrays[stage].keys()
         self._ask(jobs - {""})
 
     def _ask(self, jobs: set[str]) -> None:
@@ -160,7 +162,8 @@ class _Jobs:
     def candidates(self, state: State) -> list[tuple[str, Element, Submission | None]]:
         """Elements that may run a task, the newest last."""
         stage, index = state.task.stage, state.index
-        found: dict[str, Submission | None] = {f"{job}_{index}": None for job in self.arrays.get(stage, ())}
+        arrays = self.arrays.get(stage, {})
+        found: dict[str, Submission | None] = {f"{job}_{index - offset}": None for job, offset in arrays.items()}
         record = self.records.get((stage, index))
         if record and record.key:
             found[record.key] = None
@@ -294,6 +297,13 @@ def _newer(record: Record, key: str, submission: Submission | None) -> bool:
 def _job_number(key: str) -> int:
     number = key.partition("_")[0]
     return int(number) if number.isdigit() else 0
+
+
+def _add_array(arrays: dict[str, int], key: str, index: int) -> None:
+    """Note the array of a task that is known to be its element."""
+    job, sign, element = key.partition("_")
+    if sign and element.isdigit():
+        arrays[job] = index - int(element)
 
 
 def _not_started(state: State) -> str:

@@ -152,6 +152,13 @@ def test_plain_arrays_are_known_by_their_records(workspace: Workspace, program: 
     ]
 
 
+def test_plain_arrays_with_an_offset(workspace: Workspace, program: Put) -> None:
+    note(workspace, replace(FAR, element="0"), index=2)
+    program("squeue", "echo '40_1|PENDING|Resources||/|x|(null)'; echo '40_0|RUNNING|None|n2|/|x|(null)'")
+    program("sacct", OFF)
+    assert [t.job for t in status(workspace).stages[STAGE].tasks] == ["", "", "40_0", "40_1"]
+
+
 def test_array_that_has_not_begun_is_guessed_by_its_name(workspace: Workspace, program: Put) -> None:
     program("squeue", f"echo '40_3|PENDING|Resources||/|{STAGE}|(null)'")
     assert "perhaps in job 40_3: waits in the queue: no free" in judged(workspace, 3).reason
