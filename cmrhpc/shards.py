@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,17 +25,12 @@ import numpy as np
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
+from cmrhpc.untrusted import CHUNK, KINDS, MAGIC, USER_BLOCK, check_tree, damage_of, opened, read_told, refused
 
 if TYPE_CHECKING:
     import h5py
 
-USER_BLOCK = 512
-MAGIC = b"cmrhpc shard 1\nsha256 "
 MAX_ATTRIBUTE_BYTES = 64 * 1024  # of an HDF5 attribute; longer values are stored as byte datasets
-MAX_DATASET_BYTES = 2**40
-MAX_NAMES = 10_000
-_CHUNK = 8 * 2**20
-_KINDS = {"f4", "f8", "u1", "i8"}
 _DATA_NAME = re.compile(r"[a-z0-9_]{1,64}")
 
 
@@ -87,10 +82,10 @@ class Shard(Header):
         if name not in self.shapes:
             raise BadInput(f'no dataset "{name}"', str(self.path), f"it holds {', '.join(self.names)}")
         try:
-            with _opened(self.path) as file:
+            with opened(self.path) as file:
                 return np.asarray(file[name][rows])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # the kinds that h5py raises
-            raise _refused(self.path, f'"{name}" cannot be read: {error}'[:200]) from None
+            raise refused(self.path, f'"{name}" cannot be read: {error}'[:200]) from None
 
     def strings(self, name: str) -> list[str]:
         """A dataset of fixed-length bytes as text."""
@@ -111,7 +106,7 @@ def sha256_file(path: Path, start: int = 0) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         stream.seek(start)
-        while block := stream.read(_CHUNK):
+        while block := stream.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
 
@@ -220,7 +215,7 @@ def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> 
             data = datasets[name]
             blocks = data if isinstance(data, Blocks) else Blocks(data.shape, data.dtype.str, [np.asarray(data)])
             kind = np.dtype(blocks.dtype)
-            if not _DATA_NAME.fullmatch(name) or not (kind.kind == "S" or kind.str[1:] in _KINDS):
+            if not _DATA_NAME.fullmatch(name) or not (kind.kind == "S" or kind.str[1:] in KINDS):
                 raise ValueError(f"dataset {name} of type {kind} has no place in a shard")
             stored = file.create_dataset(name, blocks.shape, kind, track_times=False)
             digest, row = hashlib.sha256(f"{kind.str}{tuple(blocks.shape)}".encode()), 0
@@ -294,99 +289,6 @@ def code_version() -> str:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def damage_of(path: Path) -> str:
-    """Empty when the file's own checksum holds, otherwise what is wrong with it, in words."""
-    try:
-        with open(path, "rb") as stream:
-            block = stream.read(USER_BLOCK)
-            if len(block) < USER_BLOCK or not block.startswith(MAGIC):
-                return "not a shard of cmrhpc, or truncated"
-            told = block[len(MAGIC) : len(MAGIC) + 64]
-            if block != (MAGIC + told + b"\n").ljust(USER_BLOCK, b"\0"):
-                return "its first block is damaged"
-            digest = hashlib.sha256()
-            while data := stream.read(_CHUNK):
-                digest.update(data)
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    return "" if digest.hexdigest().encode() == told else "its checksum does not hold"
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    import h5py
-
-    # No lock: a shard is never changed once it has its name, and locks fail on some NFS mounts.
-    with h5py.File(path, "r", locking=False) as file:
-        yield file
-
-
-def _refused(path: Path, what: str) -> BadInput:
-    return BadInput(f"refused shard: {what}", str(path), "it was not written by cmrhpc: take it from its source again")
-
-
-_TEXTS = ("schema", "settings_sha256", "content_sha256")
-_OBJECTS = ("task", "settings", "inputs", "files", "data_sha256")
-
-
-def _plain(value: Any) -> Any:
-    """An informing attribute as text or number."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value.item()
-
-
-def _check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
-    """Only plain datasets of bounded size at the root. Raises BadInput otherwise; nothing is followed."""
-    import h5py
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    size = path.stat().st_size
-    if len(file) > MAX_NAMES:
-        raise _refused(path, "too many datasets")
-    for name in file:
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-            raise _refused(path, f'"{name}" is a link')
-        if file.get(name, getclass=True) is not h5py.Dataset:
-            raise _refused(path, f'"{name}" is no dataset')
-        data = file[name]
-        kind = data.dtype
-        if data.is_virtual or data.external or data.id.get_create_plist().get_external_count():
-            raise _refused(path, f'"{name}" keeps its data elsewhere')
-        if (kind.kind != "S" and kind.str[1:] not in _KINDS) or kind.itemsize == 0:
-            raise _refused(path, f'"{name}" has the type {kind}')
-        if data.shape is None:
-            raise _refused(path, f'"{name}" has no shape')
-        if data.chunks is not None or max((data.nbytes, *data.shape)) > min(size, MAX_DATASET_BYTES):
-            raise _refused(path, f'"{name}" declares {data.nbytes} bytes in a file of {size}')
-        shapes[name] = data.shape
-    return shapes
-
-
-def _read_told(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    def value(name: str) -> Any:
-        stored = f"header_{name}"
-        if stored in shapes:
-            return file[stored][()]
-        return file.attrs[name]
-
-    try:
-        told: dict[str, Any] = {"seed": int(value("seed"))}
-        for name in _TEXTS:
-            told[name] = value(name).decode()
-        for name in _OBJECTS:
-            told[name] = json.loads(value(name))
-            if not isinstance(told[name], dict):
-                raise ValueError(name)
-        content = json.loads(value("attributes"))
-        told["attributes"] = {name: json.loads(value(name)) for name in content}
-        known = {"seed", "attributes", *_TEXTS, *_OBJECTS, *content}
-        told["info"] = {name: _plain(value(name)) for name in file.attrs if name not in known}
-    except (KeyError, ValueError, AttributeError, OSError, TypeError, RecursionError) as error:
-        raise _refused(path, f"its attributes are not those of a shard ({error})") from None
-    return told
-
-
 def read_shard(path: Path, schema: str = "") -> Shard:
     """Open a shard: its checksum first, then its structure. Raises BadInput for a damaged, foreign or hostile file.
 
@@ -409,19 +311,19 @@ def read_shard(path: Path, schema: str = "") -> Shard:
 
 def _open_checked(path: Path) -> Shard:
     try:
-        with _opened(path) as file:
-            shapes = _check_tree(path, file)
-            told = _read_told(path, file, shapes)
+        with opened(path) as file:
+            shapes = check_tree(path, file)
+            told = read_told(path, file, shapes)
     except BadInput:
         raise
     except Exception as error:  # the HDF5 library raises many kinds for a malformed file
-        raise _refused(path, f"{type(error).__name__}: {error}"[:200]) from None
+        raise refused(path, f"{type(error).__name__}: {error}"[:200]) from None
     told_data = {name for name in shapes if not name.startswith("header_")}
     if told_data != set(told["data_sha256"]):
-        raise _refused(path, "its datasets are not those it lists")
+        raise refused(path, "its datasets are not those it lists")
     header = {k: told[k] for k in ("schema", "task", "settings_sha256", "seed", "inputs", "attributes")}
     if content_hash(header, told["data_sha256"]) != told["content_sha256"]:
-        raise _refused(path, "its content hash does not agree with its attributes")
+        raise refused(path, "its content hash does not agree with its attributes")
     return Shard(path=path, shapes={n: shapes[n] for n in sorted(told_data)}, **told)
 
 
@@ -429,7 +331,7 @@ def read_header(path: Path) -> Header:
     """The header alone, without hashing the file: for lists, never for results. Raises BadInput as `read_shard`."""
     with open(path, "rb") as stream:
         if not stream.read(USER_BLOCK).startswith(MAGIC):
-            raise _refused(path, "not a shard of cmrhpc")
+            raise refused(path, "not a shard of cmrhpc")
     return _open_checked(path)
 
 
@@ -437,7 +339,7 @@ def check_content(shard: Shard) -> str:
     """Hash every dataset again; empty when all agree, otherwise what does not. For `verify`."""
     for name, told in shard.data_sha256.items():
         try:
-            with _opened(shard.path) as file:
+            with opened(shard.path) as file:
                 digest = _dataset_digest(file[name])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             return f'dataset "{name}" cannot be read: {error}'[:200]
@@ -448,7 +350,7 @@ def check_content(shard: Shard) -> str:
 
 def _dataset_digest(data: h5py.Dataset) -> str:
     digest = hashlib.sha256(f"{data.dtype.str}{tuple(data.shape)}".encode())
-    step = max(1, _CHUNK // max(1, data.nbytes // max(1, len(data))))
+    step = max(1, CHUNK // max(1, data.nbytes // max(1, len(data))))
     for row in range(0, len(data), step):
         digest.update(np.ascontiguousarray(data[row : row + step]).data)
     return digest.hexdigest()

@@ -13,44 +13,9 @@ import pytest
 from cmrhpc import files, shards
 from cmrhpc.verify import verify
 from cmrhpc.workspace import Workspace
+from tests.conftest import STUDY
 
-TINY = """
-name = "tiny"
-seed = 7
-classes = ["0", "1"]
-[data]
-raw = "raw"
-image_size = 16
-spacing_mm = 5.0
-[folds]
-k = 2
-repeats = 1
-[affine]
-factor = 2
-[generators.dae-gan]
-base_channels = 4
-generations = 3
-batch = 4
-scoring_batch = 4
-latent_dim = 8
-components = 2
-max_ratio = 1
-log_every = 1
-[refiners.simgan]
-channels = 4
-batch = 4
-buffer = 8
-steps = 2
-pretrain_refiner = 1
-pretrain_discriminator = 1
-[classifiers.resnet50]
-steps = 2
-batch = 4
-validate_every = 1
-[compute]
-threads = 1
-checkpoint_seconds = 0
-[[arms]]
+_ARMS = """[[arms]]
 name = "none"
 [[arms]]
 name = "dae-gan+simgan"
@@ -60,6 +25,26 @@ classifier = "resnet50"
 arm = "dae-gan+simgan"
 ratio = 1
 """
+_SHORTER = {
+    "generations = 4": "generations = 3",
+    "max_ratio = 2": "max_ratio = 1",
+    "steps = 4\n": "steps = 2\n",
+    "pretrain_refiner = 2": "pretrain_refiner = 1",
+    "pretrain_discriminator = 2": "pretrain_discriminator = 1",
+    "steps = 3": "steps = 2",
+    "checkpoint_seconds = 600": "checkpoint_seconds = 0",
+}
+
+
+def _shorter(text: str) -> str:
+    """The study of the other tests with fewer arms and steps, and a checkpoint after every step."""
+    for old, new in _SHORTER.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text.partition("[[arms]]")[0] + _ARMS
+
+
+TINY = _shorter(STUDY)
 TIMEOUT = 1800  # a hang, on however busy a machine
 LOG_FILES = {"logs", "index.json"}
 
