@@ -90,37 +90,16 @@ def ingest(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from cmrhpc.workspace import Workspace, array_ranges
+    from cmrhpc.launch.planned import print_plan, print_ranges
+    from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
-    states = workspace.states((args.stage,) if args.stage else STAGES)
+    if (args.array or args.offset) and not (args.array and args.stage):
+        raise UsageError("--offset needs --array, and that --stage", "", "cmrhpc plan WS --stage synthesize --array")
     if args.array:
-        if not args.stage:
-            raise UsageError("--array needs --stage", "", "cmrhpc plan WS --stage synthesize --array")
-        missing = [s.index for s in states[args.stage] if not s.done]
-        if not missing:
-            print(f"stage {args.stage}: nothing is missing", file=sys.stderr)
-        for line in array_ranges(missing, args.chunk):
-            print(line)
-        return 0
-    counts = {
-        stage: {"total": len(found), "done": sum(s.done for s in found), "missing": sum(not s.done for s in found)}
-        for stage, found in states.items()
-    }
-    if args.json:
-        tasks = [
-            {"stage": stage, "index": s.index, "output": s.task.output, "done": s.done, "reason": s.reason}
-            for stage, found in states.items()
-            for s in found
-        ]
-        print(json.dumps({"stages": counts, "tasks": tasks}))
-        return 0
-    for stage, count in counts.items():
-        print(f"{stage:<10} {count['total']:>6} tasks  {count['done']:>6} done  {count['missing']:>6} missing")
-    if args.stage or args.why:
-        for stage, found in states.items():
-            for s in found:
-                print(f"{stage} {s.index:>5}  {s.task.title}: {'done' if s.done else s.reason}")
+        print_ranges(workspace, args.stage, args.chunk, args.offset)
+    else:
+        print_plan(workspace, (args.stage,) if args.stage else STAGES, args.json, args.why or bool(args.stage))
     return 0
 
 
@@ -368,6 +347,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stage", choices=STAGES)
     p.add_argument("--array", action="store_true", help="print the missing indices for sbatch --array")
     p.add_argument("--chunk", type=int, default=0, metavar="N", help="at most N tasks per line of --array")
+    p.add_argument(
+        "--offset", action="store_true", help="with --array, lines RANGE OFFSET: for indices that the cluster refuses"
+    )
     p.add_argument("--why", action="store_true", help="list every task with its reason")
     p.add_argument("--json", action="store_true")
 

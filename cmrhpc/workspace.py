@@ -343,22 +343,3 @@ def settings_changes(old: Any, new: Any, path: str = "") -> list[str]:
 def plan(workspace: str | Path | Workspace) -> dict[str, list[State]]:
     """All tasks of a workspace by stage, done or with the reason why not."""
     return (workspace if isinstance(workspace, Workspace) else Workspace(workspace)).states()
-
-
-def array_ranges(indices: list[int], chunk: int = 0) -> list[str]:
-    """Missing indices as `sbatch --array` takes them, one text per chunk of at most `chunk` tasks.
-
-    >>> array_ranges([0, 1, 2, 5, 7, 8])
-    ['0-2,5,7-8']
-    """
-    chunks = [indices[i : i + chunk] for i in range(0, len(indices), chunk)] if chunk else [indices]
-    texts = []
-    for part in filter(None, chunks):
-        runs: list[list[int]] = []
-        for index in part:
-            if runs and index == runs[-1][1] + 1:
-                runs[-1][1] = index
-            else:
-                runs.append([index, index])
-        texts.append(",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
-    return texts

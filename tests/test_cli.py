@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,25 @@ def test_array_of_missing_tasks(tmp_path: Path, study_text: str) -> None:
     assert cmrhpc("plan", tmp_path, "--stage", "classify", "--array").stdout == "0-9\n"
     chunks = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4").stdout
     assert chunks == "0-3\n4-7\n8-9\n"
+    offsets = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4", "--offset").stdout
+    assert offsets == "0-3 0\n0-3 4\n0-1 8\n"
+    assert cmrhpc("plan", tmp_path, "--offset", check=False).returncode == 2
+
+
+def test_an_index_that_slurm_refuses_is_pointed_out(tmp_path: Path, study_text: str) -> None:
+    text = study_text.replace("k = 2", "k = 2\nvalidation_fraction = 0.2").replace("repeats = 1", "repeats = 100")
+    (tmp_path / "study.toml").write_text(text.replace("ratios = [1, 2]", "ratios = [0.5, 1, 2]"))
+    done = cmrhpc("plan", tmp_path, "--stage", "classify", "--array")
+    assert done.stdout == "0-1199\n"
+    assert "MaxArraySize" in done.stderr
+
+
+def test_an_offset_leads_to_the_task(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text)
+    job = ["task", tmp_path, "--stage", "refine"]
+    for offset, words in (("2", "fold 1 repeat 0 class 1"), ("x", "CMRHPC_OFFSET")):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "CMRHPC_OFFSET": offset}
+        assert words in cmrhpc(*job, check=False, env=environment).stderr
 
 
 def test_init_asks_for_the_positive_class_and_maps_columns(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 from cmrhpc import plan as planning
 from cmrhpc import shards
 from cmrhpc.errors import BadInput
+from cmrhpc.launch.planned import array_ranges, offset_ranges
 from cmrhpc.plan import COHORT, FOLDS, STAGES, Task
 from cmrhpc.study import parse_study
-from cmrhpc.workspace import Workspace, array_ranges
+from cmrhpc.workspace import Workspace
 
 
 def make(root: Path, text: str) -> Workspace:
@@ -164,3 +165,9 @@ def test_array_ranges() -> None:
     assert array_ranges([0, 1, 2, 5, 7, 8]) == ["0-2,5,7-8"]
     assert array_ranges(list(range(10)), 4) == ["0-3", "4-7", "8-9"]
     assert array_ranges([]) == []
+
+
+def test_ranges_with_an_offset_hold_every_task_once_and_no_high_index() -> None:
+    assert offset_ranges([0, 1, 7, 8, 9], 4) == ["0-1 0", "3 4", "0-1 8"]
+    assert offset_ranges(list(range(1050)), 1001) == ["0-1000 0", "0-48 1001"]
+    assert offset_ranges([], 4) == []

@@ -1,0 +1,90 @@
+"""The verb `cmrhpc plan`: what is done and missing, and the missing as `sbatch --array` takes it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from cmrhpc.launch import slurm
+from cmrhpc.workspace import Workspace
+
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where the cluster does not say
+
+
+def print_plan(workspace: Workspace, stages: tuple[str, ...], as_json: bool, every: bool) -> None:
+    """Counts per stage; with `every` each task with its reason."""
+    states = workspace.states(stages)
+    counts = {
+        stage: {"total": len(found), "done": sum(s.done for s in found), "missing": sum(not s.done for s in found)}
+        for stage, found in states.items()
+    }
+    if as_json:
+        tasks = [
+            {"stage": stage, "index": s.index, "output": s.task.output, "done": s.done, "reason": s.reason}
+            for stage, found in states.items()
+            for s in found
+        ]
+        print(json.dumps({"stages": counts, "tasks": tasks}))
+        return
+    for stage, count in counts.items():
+        print(f"{stage:<10} {count['total']:>6} tasks  {count['done']:>6} done  {count['missing']:>6} missing")
+    if every:
+        for stage, found in states.items():
+            for s in found:
+                print(f"{stage} {s.index:>5}  {s.task.title}: {'done' if s.done else s.reason}")
+
+
+def print_ranges(workspace: Workspace, stage: str, chunk: int, offset: bool) -> None:
+    """The missing tasks of a stage, one line per array; with `offset` RANGE OFFSET.
+
+    Slurm refuses an index of MaxArraySize or more, whatever the length of the array: those tasks need an offset.
+    """
+    missing = [s.index for s in workspace.states((stage,))[stage] if not s.done]
+    if not missing:
+        print(f"stage {stage}: nothing is missing", file=sys.stderr)
+        return
+    told = slurm.setting("MaxArraySize")
+    limit = int(told) if told and told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
+    if offset:
+        for line in offset_ranges(missing, chunk or limit):
+            print(line)
+        return
+    if missing[-1] >= limit:
+        known = f"of this cluster is {told}" if told else f"is {limit} where the cluster does not say otherwise"
+        print(f"the index {missing[-1]} is too high for one array: MaxArraySize {known}", file=sys.stderr)
+        print(f"  mend:  --array --chunk {limit} --offset, or cmrhpc submit", file=sys.stderr)
+    for line in array_ranges(missing, chunk):
+        print(line)
+
+
+def array_ranges(indices: Sequence[int], chunk: int = 0) -> list[str]:
+    """Missing indices as `sbatch --array` takes them, one text per chunk of at most `chunk` tasks.
+
+    >>> array_ranges([0, 1, 2, 5, 7, 8])
+    ['0-2,5,7-8']
+    """
+    chunks = [indices[i : i + chunk] for i in range(0, len(indices), chunk)] if chunk else [indices]
+    texts = []
+    for part in filter(None, chunks):
+        runs: list[list[int]] = []
+        for index in part:
+            if runs and index == runs[-1][1] + 1:
+                runs[-1][1] = index
+            else:
+                runs.append([index, index])
+        texts.append(",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
+    return texts
+
+
+def offset_ranges(indices: Sequence[int], size: int) -> list[str]:
+    """The same as `RANGE OFFSET` with every index below `size`: the task is the array index plus the offset.
+
+    >>> offset_ranges([0, 1, 7, 8, 9], 4)
+    ['0-1 0', '3 4', '0-1 8']
+    """
+    texts = []
+    for start in range(0, max(indices, default=-1) + 1, size):
+        here = [index - start for index in indices if start <= index < start + size]
+        texts += [f"{text} {start}" for text in array_ranges(here)]
+    return texts
