@@ -23,7 +23,7 @@ def make(root: Path, text: str) -> Workspace:
     return Workspace(root)
 
 
-def write_output(workspace: Workspace, task: Task, output: str, value: float = 0.0) -> None:
+def write_output(workspace: Workspace, task: Task, output: str, value: float = 0.0, seconds: float = 1.0) -> None:
     """An empty but valid shard for one output, as its stage would write it."""
     reads = [COHORT] if output == FOLDS else planning.inputs(workspace.study, task)
     inputs = {path: shards.read_header(workspace.path(path)).content_sha256 for path in reads}
@@ -35,6 +35,7 @@ def write_output(workspace: Workspace, task: Task, output: str, value: float = 0
         settings=planning.settings(workspace.study, task, output),
         inputs=inputs,
         seed=planning.seed(workspace.study, task, output),
+        info={"seconds": seconds},
     )
 
 

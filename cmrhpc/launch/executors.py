@@ -53,8 +53,9 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
 
     def send(array: Array, jobs: Mapping[str, str]) -> list[Job[str]]:
         depends_on = dependency(array, jobs)
-        make = (lambda: parameters(workspace, array, profile, token, depends_on)) if profile else None
-        asked = make() if make else own_parameters(workspace, array, token, depends_on)
+        asked = own_parameters(workspace, array, token, depends_on)
+        if profile:
+            asked = parameters(workspace, array, profile, token, depends_on)
         with _changed(executor, asked):
             minutes = executor.parameters.get("time", 5)
             note = Submission(
@@ -69,7 +70,8 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
                 depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
                 name=f"{array.name}-{token}",
             )
-            return send_with(workspace, note, executor, settings(workspace, used, array.stage))
+            variables = settings(workspace, profile, array.stage) if profile else {}
+            return send_with(workspace, note, executor, variables)
 
     sent = submit_all(workspace, used, slurm.limits(), send)
     return [job for _, jobs in sent for job in jobs]

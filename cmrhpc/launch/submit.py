@@ -63,14 +63,17 @@ def ask_queue(workspace: Workspace) -> Queue:
     elements = slurm.queue({s.job for s in submissions})
     if elements is None:
         raise _silent()
-    tasks = {}
+    found, tasks = {}, {}
     for submission in submissions:
         for k, indices in enumerate(submission.elements):
-            element = elements.get(submission.key(k))
+            key = submission.key(k)
             # A number comes back when a cluster starts counting anew: then the name is another.
-            if element and not element.ended and element.name in ("", submission.name):
+            if key not in elements or elements[key].name not in ("", submission.name):
+                continue
+            found[key] = elements[key]
+            if not elements[key].ended:
                 tasks.update({(submission.stage, index): submission.job for index in indices})
-    return Queue(submissions, elements, tasks)
+    return Queue(submissions, found, tasks)
 
 
 def _silent() -> Incomplete:
@@ -170,7 +173,10 @@ def more_for_what_lacked_it(
         if (seconds, memory) == (asked.seconds, memory_mb(asked.memory)):
             key = (stage, "time or memory", "what the profile says, and max_time and max_memory allow no more")
             lacked[key] = lacked.get(key, 0) + 1
-    notes = [f"{stage}: {n} tasks ran out of {what}; asking for {end}" for (stage, what, end), n in lacked.items()]
+    notes = [
+        f"{stage}: {n} task{'s' * (n > 1)} ran out of {what}; asking for {end}"
+        for (stage, what, end), n in sorted(lacked.items())
+    ]
     return more, notes
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import image
+from tests.cluster import image, login
 from tests.cluster.node import Node, why_not
+from tests.conftest import STUDY
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,3 +41,26 @@ def container_node(sif: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A running cluster that has the image, and the code of the working tree to bind over it."""
     with Node(shared=tmp_path_factory.mktemp("shared"), binds=image.binds(sif)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def login_node(sif: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """The same, with the environment from which people submit (see `login.HERE`)."""
+    with Node(shared=tmp_path_factory.mktemp("shared"), binds=[*image.binds(sif), login.login()]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def local_digest(sif: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The line with the digest that `cmrhpc run` inside the image gives for `make_study`."""
+    with Node(shared=tmp_path_factory.mktemp("shared"), binds=image.binds(sif), slurm=False) as node:
+        make_study(node, "local")
+        node.run(f"{image.CMRHPC} run local", timeout=1500, env={"CMRHPC_CONTAINER_SHA256": ""})
+        return node.run(f"{image.CMRHPC} verify local").stdout.splitlines()[-1]
+
+
+def make_study(node: Node, *names: str) -> None:
+    """A phantom and workspaces for the study of all stages, nothing run yet."""
+    node.run(f"[ -d raw ] || {image.CMRHPC} phantom raw --patients 12 --seed 3; mkdir {' '.join(names)}")
+    for name in names:
+        node.run(["tee", f"{name}/study.toml"], input=STUDY.replace('raw = "raw"', 'raw = "../raw"'))

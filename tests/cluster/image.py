@@ -18,6 +18,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "cmrhpc", "containers")
 SIF = "/images/cmrhpc.sif"
 TREE = "/tree"
 OVER = f"--bind {TREE}/cmrhpc:/opt/cmrhpc/cmrhpc"
+CMRHPC = f"apptainer --quiet exec {OVER} {SIF} cmrhpc"
 
 
 def sif() -> Path:
