@@ -44,7 +44,7 @@ def print_ranges(workspace: Workspace, stage: str, chunk: int, offset: bool) -> 
     if not missing:
         print(f"stage {stage}: nothing is missing", file=sys.stderr)
         return
-    told = slurm.setting("MaxArraySize")
+    told = (slurm.config() or {}).get("MaxArraySize")
     limit = int(told) if told and told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
     if offset:
         for line in offset_ranges(missing, chunk or limit):
