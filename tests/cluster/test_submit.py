@@ -166,7 +166,7 @@ def test_asked_to_stop_a_task_is_put_back_and_goes_on(login_node: Node, study: s
     """USR2 to the element's step, as Slurm sends it before the time limit and at preemption."""
     node = login_node
     make_study(node, "stopped")
-    text = (node.shared / "stopped/study.toml").read_text().replace("generations = 4", "generations = 3000")
+    text = (node.shared / "stopped/study.toml").read_text().replace("generations = 4", "generations = 600")
     (node.shared / "stopped/study.toml").write_text(text)
     node.run(f"cp -a {study}/cohort.* {study}/folds.h5 stopped/")
     code, told, _ = submit(node, "stopped", "--yes")
@@ -177,7 +177,7 @@ def test_asked_to_stop_a_task_is_put_back_and_goes_on(login_node: Node, study: s
     end = time.monotonic() + 300
     while not record.exists() and time.monotonic() < end:
         time.sleep(0.2)
-    time.sleep(10)
+    time.sleep(5)
     node.run(["scancel", "--signal=USR2", f"{job}_0"])
     while "Restarts=1" not in node.run(["scontrol", "show", "job", f"{job}_0"]).stdout and time.monotonic() < end:
         time.sleep(0.2)
