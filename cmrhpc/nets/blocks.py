@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmrhpc.nets.quick import GroupNorm
+
 SLOPE = 0.2  # of every leaky ReLU
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with at most 8 groups that divide the channels."""
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+    return GroupNorm(math.gcd(8, channels), channels)
 
 
 class UpConv2d(nn.Conv2d):
@@ -31,8 +33,8 @@ class UpConv2d(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, summed_taps(self.weight), self.bias, stride=2, padding=1)
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        return F.conv_transpose2d(x, summed_taps(self.weight), self.bias if bias else None, stride=2, padding=1)
 
 
 def summed_taps(weight: Tensor) -> Tensor:
@@ -58,10 +60,15 @@ class UpBlock(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.leaky_relu(self.norm1(x), SLOPE))
-        h = self.conv2(F.leaky_relu(self.norm2(h), SLOPE))
+        h = self.conv1(F.leaky_relu(self.norm1(x), SLOPE, inplace=True))
+        h = F.leaky_relu(self.norm2(h), SLOPE, inplace=True)
         skip = self.skip(x)
-        return h + (F.interpolate(skip, scale_factor=2.0, mode="bilinear") if self.up else skip)
+        if not self.up:
+            return self.conv2(h).add_(skip)
+        # The upsampled bias is the bias: added to the small image, its gradient costs a quarter.
+        assert self.conv2.bias is not None
+        skip = F.interpolate(skip + self.conv2.bias.to(skip.dtype).view(-1, 1, 1), scale_factor=2.0, mode="bilinear")
+        return self.conv2(h, bias=False).add_(skip)
 
 
 class DownBlock(nn.Module):
@@ -78,8 +85,8 @@ class DownBlock(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, SLOPE)), SLOPE))
-        return h + self.skip(F.avg_pool2d(x, 2) if self.down else x)
+        h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, SLOPE)), SLOPE, inplace=True))
+        return h.add_(self.skip(F.avg_pool2d(x, 2) if self.down else x))
 
 
 class SelfAttention(nn.Module):
@@ -99,10 +106,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         pooled = F.avg_pool2d(x, 2) if height % 2 == 0 and width % 2 == 0 else x
-        q = self.query(x).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, d): no copy in channels-last
+        # (N, H*W, d): no copy in channels-last. Scaled before the product, which is much larger.
+        q = self.query(x).permute(0, 2, 3, 1).flatten(1, 2) * self.width**-0.5
         k, v = self.key_value(pooled).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=2)
         # Written out: at this size faster than the fused kernels on CPUs, and differentiable twice.
-        attention = torch.softmax(q @ k.transpose(1, 2) * self.width**-0.5, dim=2)
+        attention = torch.softmax(q @ k.transpose(1, 2), dim=2)
         attended = (attention @ v).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return x + self.gamma * self.out(attended)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmrhpc.nets.blocks import SLOPE, DownBlock, SelfAttention, UpBlock, initialise
+from cmrhpc.nets.quick import FewMapsConv2d
 from cmrhpc.study import start_and_ups
 
 
@@ -34,13 +35,13 @@ class ResidualGenerator(nn.Module):
         self.attention = SelfAttention(widths[2])
         self.block3 = UpBlock(widths[2], widths[3], up=ups >= 2)
         self.block4 = UpBlock(widths[3], widths[4], up=ups >= 1)
-        self.conv = nn.Conv2d(widths[4], channels, 3, padding=1)
+        self.conv = FewMapsConv2d(widths[4], channels)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.linear(z).unflatten(1, (-1, self.start, self.start))
         x = self.block2(self.block1(x))
         x = self.block4(self.block3(self.attention(x)))
-        return torch.tanh(self.conv(F.leaky_relu(x, SLOPE)))
+        return torch.tanh(self.conv(F.leaky_relu(x, SLOPE, inplace=True)))
 
 
 class ResidualDiscriminator(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmrhpc.nets.blocks import SLOPE
+from cmrhpc.nets.quick import FewMapsConvTranspose2d
 from cmrhpc.study import start_and_ups
 
 EMBEDDING = 32  # width of a class embedding
@@ -33,10 +34,10 @@ class DCGenerator(nn.Module):
         self.embedding = nn.Embedding(n_classes, EMBEDDING) if n_classes else None
         self.linear = nn.Linear(latent_dim + (EMBEDDING if n_classes else 0), widths[0] * self.start**2, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.convs = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=b == channels and i == ups - 1)
-            for i, (a, b) in enumerate(zip(widths, [*widths[1:], channels], strict=True))
-        )
+        convs: list[nn.Module] = [
+            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=False) for a, b in itertools.pairwise(widths)
+        ]
+        self.convs = nn.ModuleList([*convs, FewMapsConvTranspose2d(widths[-1], channels)])
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
