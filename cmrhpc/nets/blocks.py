@@ -62,13 +62,16 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.leaky_relu(self.norm1(x), SLOPE, inplace=True))
         h = F.leaky_relu(self.norm2(h), SLOPE, inplace=True)
-        skip = self.skip(x)
         if not self.up:
-            return self.conv2(h).add_(skip)
-        # The upsampled bias is the bias: added to the small image, its gradient costs a quarter.
-        assert self.conv2.bias is not None
-        skip = F.interpolate(skip + self.conv2.bias.to(skip.dtype).view(-1, 1, 1), scale_factor=2.0, mode="bilinear")
-        return self.conv2(h, bias=False).add_(skip)
+            return self.conv2(h).add_(self.skip(x))
+        # The upsampled bias is the bias: as part of the small image it costs next to nothing.
+        bias = self.conv2.bias
+        assert bias is not None
+        if isinstance(self.skip, nn.Conv2d):
+            skip = F.conv2d(x, self.skip.weight, bias if self.skip.bias is None else bias + self.skip.bias)
+        else:
+            skip = x + bias.to(x.dtype).view(-1, 1, 1)
+        return self.conv2(h, bias=False).add_(F.interpolate(skip, scale_factor=2.0, mode="bilinear"))
 
 
 class DownBlock(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LARGE = 1024  # pixels from which PyTorch's channels-last GroupNorm takes its quick forward path
 BLOCK_MAPS = 16  # a convolution to fewer maps leaves lanes of the vector units idle
 
 
@@ -131,9 +132,25 @@ class _TransposedInBlocks(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, which is slow in bfloat16 channels-last: there it goes by way of the other layout."""
+    """PyTorch's, which in bfloat16 channels-last is slow for small images, and its backward for all: there it goes by
+    way of the other layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.is_contiguous():
             return super().forward(x)
-        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        if not torch.is_grad_enabled() and x.shape[2] * x.shape[3] >= LARGE:
+            return super().forward(x)
+        return _ToLayout.apply(super().forward(_ToLayout.apply(x, torch.contiguous_format)), torch.channels_last)
+
+
+class _ToLayout(torch.autograd.Function):
+    """The same tensor in another memory format; its gradient comes back in the format that the tensor had."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.back = torch.channels_last if layout == torch.contiguous_format else torch.contiguous_format
+        return x.contiguous(memory_format=layout)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        return slope.contiguous(memory_format=ctx.back), None

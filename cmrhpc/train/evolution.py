@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cmrhpc.train import losses
-from cmrhpc.train.flat import Flat, adam_step
+from cmrhpc.train.flat import Flat, adam_children, adam_step
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 
 
@@ -124,10 +124,9 @@ class Evolution:
         self.step += 1
 
         # Every offspring takes one step from its parent's weights and optimizer state.
-        copies = len(self.mutations)
-        offspring = self.parents.repeat_interleave(copies, dim=0)
-        first, second = (x.repeat_interleave(copies, dim=0) for x in (self.first, self.second))
-        adam_step(offspring, gradients, first, second, self.step, self.learning_rate, self.betas)
+        offspring, first, second = adam_children(
+            self.parents, gradients, self.first, self.second, self.step, self.learning_rate, self.betas
+        )
 
         # Score them on the same noise and the same real images, and select.
         f_q, f_d = self._score(draws, offspring, buffers)
