@@ -102,11 +102,11 @@ class _Jobs:
         self.arrays: dict[str, dict[str, int]] = {}
         self.trouble = ""
         self.accounting: bool | None = None
-        # Of plain sbatch arrays that have not started the queue shows the name (the stage) and the element alone.
+        # Of plain sbatch arrays that have written nothing yet the queue shows the name (the stage) and the element.
         self.named = {
             (element.name, key.partition("_")[2]): (key, element)
-            for key, element in (own or {}).items()
-            if element.waits
+            for key, element in sorted((own or {}).items(), key=lambda item: _job_number(item[0]))
+            if element.state != "COMPLETED"
         }
         for submission in self.submissions:
             for element, indices in enumerate(submission.elements):
@@ -143,6 +143,9 @@ class _Jobs:
             if jobs:
                 why = "does not answer" if slurm.installed() else "is not installed here"
                 self.trouble = f"Slurm {why}: of its jobs the tasks' own records tell, which may be out of date"
+            if jobs and slurm.installed() and (told := slurm.accounting(jobs)) is not None:
+                self.accounting = True  # it knows what has ended without the controller
+                self.elements = {key: element for key, element in told.items() if element.ended}
             return
         self.elements = dict(self.own)
         answered = {key.partition("_")[0] for key in self.own}
@@ -253,8 +256,11 @@ class _Jobs:
         """Nothing is known of it; a job of this user that is named after the stage may be its own."""
         if maybe := self.named.get((state.task.stage, str(state.index))):
             job, element = maybe
-            reason = f"perhaps in job {job}: {reasons.why_waiting(element)}"
-            return TaskStatus(state, WAITING, reason, log, job, queued=True)
+            if element.ended:
+                reason = f"{NOT_STARTED}; job {job} of this name may have been its own: {reasons.how_ended(element)}"
+            else:
+                reason = f"perhaps in job {job}: {reasons.why_waiting(element) if element.waits else 'it starts'}"
+            return TaskStatus(state, WAITING, reason, log, job, queued=not element.ended)
         return TaskStatus(state, WAITING, "waits for its inputs" if state.waits_for else _not_started(state), log)
 
     def estimate(self, stage: str, row: StageStatus, took: list[float]) -> None:

@@ -114,6 +114,7 @@ def test_states(
 
 def test_slurm_that_does_not_answer(workspace: Workspace, program: Put) -> None:
     program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    program("sacct", OFF)
     write_submission(workspace, replace(SUBMITTED, time=time.time() - 3 * files.DAY))
     note(workspace, FAR)
     note(workspace, replace(FAR, time=time.time() - 2 * files.DAY, element="0"), 0)
@@ -125,6 +126,16 @@ def test_slurm_that_does_not_answer(workspace: Workspace, program: Put) -> None:
         ("waiting", "submitted as job 40"),
         ("waiting", "submitted as job 40"),
     ]
+
+
+def test_accounting_answers_when_the_controller_does_not(workspace: Workspace, program: Put) -> None:
+    program("squeue", "exit 1")
+    program("sacct", "echo '40_1|RUNNING|0:0|n1'; echo '40_0|CANCELLED by 0|0:15|n1'")
+    write_submission(workspace, SUBMITTED)
+    note(workspace, FAR)
+    found = status(workspace)
+    assert found.slurm.startswith("Slurm does not answer")
+    assert [t.reason for t in found.stages[STAGE].tasks[:2]] == ["cancelled by user root", "on far_away"]
 
 
 def test_without_slurm_the_process_is_asked(workspace: Workspace) -> None:
@@ -163,6 +174,10 @@ def test_array_that_has_not_begun_is_guessed_by_its_name(workspace: Workspace, p
     program("squeue", f"echo '40_3|PENDING|Resources||/|{STAGE}|(null)'")
     assert "perhaps in job 40_3: waits in the queue: no free" in judged(workspace, 3).reason
     assert "perhaps" not in judged(workspace, 2).reason
+    program("squeue", f"echo '41_3|FAILED|None|n1|/|{STAGE}|(null)'; echo '40_3|PENDING|Resources||/|{STAGE}|(null)'")
+    found = judged(workspace, 3)
+    assert found.reason == "not started; job 41_3 of this name may have been its own: its job failed"
+    assert not found.queued
 
 
 def test_several_tasks_of_one_element(workspace: Workspace, program: Put) -> None:
