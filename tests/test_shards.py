@@ -48,6 +48,16 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "a.jsonl", "a.png"]
 
 
+def test_several_datasets_from_one_opening(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    shard = shards.read_shard(tmp_path / "a.h5")
+    found = shard.read_many(["label", "image"], slice(1, 3))
+    assert list(found) == ["label", "image"]
+    np.testing.assert_array_equal(found["image"], DATA["image"][1:3])
+    with pytest.raises(BadInput, match="no dataset"):
+        shard.read_many(["label", "mask"])
+
+
 def test_the_user_block_holds_the_sha256_of_what_follows(tmp_path: Path) -> None:
     import hashlib
 

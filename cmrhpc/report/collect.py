@@ -140,7 +140,7 @@ def _read(path: Path, pool: _Pool) -> _Found:
     if absent:
         raise BadInput(f"it lacks {', '.join(absent)}")
     kinds = _NEEDED | _OPTIONAL
-    data = {name: shard[name] for name in kinds if name in shard}
+    data = shard.read_many(name for name in kinds if name in shard)
     for name, values in data.items():
         if values.dtype.kind != kinds[name] or values.ndim != (2 if name.endswith("score") else 1):
             raise BadInput(f"its dataset {name} has the wrong type or shape")
