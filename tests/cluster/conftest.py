@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import image, login
+from tests.cluster import image, login, study
 from tests.cluster.node import Node, why_not
 from tests.conftest import STUDY
 
@@ -64,3 +64,9 @@ def make_study(node: Node, *names: str) -> None:
     node.run(f"[ -d raw ] || {image.CMRHPC} phantom raw --patients 12 --seed 3; mkdir {' '.join(names)}")
     for name in names:
         node.run(["tee", f"{name}/study.toml"], input=STUDY.replace('raw = "raw"', 'raw = "../raw"'))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(sif: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of `study.TEXT`, run inside the container without a cluster and without any fault."""
+    return study.undisturbed(tmp_path_factory.mktemp("undisturbed"), sif)

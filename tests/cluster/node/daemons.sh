@@ -50,11 +50,33 @@ idle() {
 
 gone() { ! pgrep --exact "$1"; }
 
-restart_controller() {
+stop_controller() {
     pkill --exact slurmctld
     wait_for 120 "the end of slurmctld" gone slurmctld
+}
+
+start_controller() {
     slurmctld
     wait_for 120 "slurmctld" scontrol ping
+}
+
+restart_controller() {
+    stop_controller
+    start_controller
+}
+
+# Accounting is switched off for good, as an administrator would.
+stop_accounting() {
+    stop_controller
+    pkill --exact slurmdbd
+    sed --in-place /^AccountingStorage/d /etc/slurm/slurm.conf
+    start_controller
+}
+
+# slurmctld forgets jobs soon after their end.
+forget_jobs() {
+    sed --in-place s/^MinJobAge=.*/MinJobAge=2/ /etc/slurm/slurm.conf
+    scontrol reconfigure
 }
 
 fail_node() {
@@ -67,9 +89,10 @@ fail_node() {
 recover_node() {
     slurmd -N "$1"
     scontrol update NodeName="$1" State=RESUME
-    wait_for 120 "node $1" idle_node "$1"
+    wait_for 120 "node $1" usable_node "$1"
 }
 
-idle_node() { [ "$(sinfo --noheader --format=%T --nodes="$1" | sort -u)" = idle ]; }
+# Idle, or already taken by a job that waited for it.
+usable_node() { [[ $(sinfo --noheader --format=%T --nodes="$1" | sort -u) =~ ^(idle|mixed|allocated)-?$ ]]; }
 
 "$@"
