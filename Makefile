@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and (not cluster or smoke)"
 
 test-cluster: $(READY)
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m "cluster and not slow"
 
 # Hours: 200 kills, 20 races, file faults at every call of all stages, 30 stops. docs/reliability.md says how to shorten it.
 test-kill: $(READY)
