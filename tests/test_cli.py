@@ -114,6 +114,18 @@ def test_an_index_that_slurm_refuses_is_pointed_out(tmp_path: Path, study_text: 
     assert "MaxArraySize" in done.stderr
 
 
+def test_submitting_without_slurm_says_so_and_the_files_are_shown_all_the_same(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text)
+    here = {"PATH": str(tmp_path)}
+    done = cmrhpc("submit", tmp_path, "--profile", "template", "--yes", check=False, env=here)
+    assert done.returncode == 3
+    assert "Slurm is not installed here" in done.stderr
+    done = cmrhpc("submit", tmp_path, "--profile", "template", "--dry-run", env=here)
+    assert done.stdout.count("#!/bin/bash") == 11
+    assert "not asked: sbatch is not installed here" in done.stdout
+    assert not (tmp_path / "submissions").exists()
+
+
 def test_an_offset_leads_to_the_task(tmp_path: Path, study_text: str) -> None:
     (tmp_path / "study.toml").write_text(study_text)
     job = ["task", tmp_path, "--stage", "refine"]

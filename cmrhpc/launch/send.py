@@ -29,6 +29,8 @@ from cmrhpc.workspace import Workspace
 if TYPE_CHECKING:
     from submitit import Job, SlurmExecutor
 
+# sbatch takes these from its environment before what the file says.
+_WIN = ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "TIMELIMIT", "WAIT")
 _FULL = ("submit limit", "temporarily unable", "Resource temporarily unavailable", "maximum number of jobs")
 
 
@@ -134,15 +136,19 @@ def group_access() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def outside_jobs() -> Iterator[None]:
-    """Inside a job, its own SLURM_ variables would decide about the new one."""
-    if "SLURM_JOB_ID" not in os.environ:
+def undisturbed() -> Iterator[None]:
+    """Without variables that would win over the sbatch file: those of ours, and inside a job all that are the job's."""
+    before = dict(os.environ)
+    try:
+        for name in before:
+            if name.removeprefix("SBATCH_") in _WIN or (
+                "SLURM_JOB_ID" in before and name.startswith(("SLURM_", "SRUN_", "SUBMITIT_"))
+            ):
+                del os.environ[name]
         yield
-        return
-    from submitit.helpers import clean_env
-
-    with clean_env():
-        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs: Mapping[str, str]) -> list[Job[str]]:
@@ -188,7 +194,7 @@ def send_with(
     n = len(asked.elements)
     tasks = [list(element) for element in asked.elements]
     try:
-        with group_access(), outside_jobs():
+        with group_access(), undisturbed():
             found = executor.map_array(
                 run_element, [str(workspace.root)] * n, [asked.stage] * n, tasks, [variables] * n
             )

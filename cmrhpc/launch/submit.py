@@ -20,7 +20,7 @@ from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, More, plan_arrays
 from cmrhpc.launch.estimate import Expected, expected
-from cmrhpc.launch.send import asked_path, dependency, script, settings
+from cmrhpc.launch.send import asked_path, dependency, script, settings, undisturbed
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
 from cmrhpc.plan import STAGES
 from cmrhpc.profile import Profile, memory_mb, memory_text, time_seconds, time_text
@@ -243,7 +243,8 @@ def dry_run(workspace: Workspace, profile: Profile, proposal: Proposal) -> tuple
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(tested)
             file.flush()
-            answer = slurm.ask(["sbatch", "--test-only", file.name], environment={"SLURM_TIME_FORMAT": "standard"})
+            with undisturbed():
+                answer = slurm.ask(["sbatch", "--test-only", file.name], environment={"SLURM_TIME_FORMAT": "standard"})
         taken = None if answer.code is None else answer.code == 0
         right = right and taken is not False
         found.append({"name": array.name, "script": text, "accepted": taken, "answer": answer.err})

@@ -28,6 +28,9 @@ def submit(root: str, profile_name: str, dry: bool, yes: bool, json_wanted: bool
     proposal = propose(workspace, profile, ask_queue(workspace), limits)
     if dry:
         return _dry_run(workspace, profile, proposal, json_wanted)
+    if proposal.arrays and not slurm.installed():
+        mend = "go to a login node; --dry-run shows the files here too, `cmrhpc run` needs no Slurm"
+        raise BadInput("Slurm is not installed here", "sbatch", mend)
     for stage in {array.stage for array in proposal.arrays}:
         settings(workspace, profile, stage)  # what is wrong with the image is said before anything is asked
     if not json_wanted:
