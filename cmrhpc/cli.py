@@ -227,7 +227,8 @@ def verify(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     from cmrhpc.data.export import export as write_images
 
-    count = write_images(Path(args.workspace), args.shard, Path(args.to), args.format, args.limit)
+    more = {"by_fold": args.by_fold, "unit_scale": args.unit_scale}
+    count = write_images(Path(args.workspace), args.shard, Path(args.to), args.format, args.limit, **more)
     print(f"{args.to}: {count} images")
     return 0
 
@@ -393,11 +394,13 @@ def parser() -> argparse.ArgumentParser:
         "--shard",
         required=True,
         metavar="PATH",
-        help="from the workspace, e.g. synthetic/dae-gan/fold0_repeat0_class1.h5",
+        help="from the workspace, e.g. synthetic/dae-gan/fold0_repeat0_class1.h5, or the folder synthetic/dae-gan",
     )
-    p.add_argument("--to", required=True, metavar="FOLDER")
+    p.add_argument("--to", required=True, metavar="FOLDER", help="new or empty")
     p.add_argument("--format", choices=("mha", "png"), default="png")
-    p.add_argument("--limit", type=int, default=0, metavar="N", help="at most N images (0: all)")
+    p.add_argument("--limit", type=int, default=0, metavar="N", help="at most N images of a shard (0: all)")
+    p.add_argument("--by-fold", action="store_true", help="of cohort.h5: the training images of every fold and class")
+    p.add_argument("--unit-scale", action="store_true", help=".mha values stay on the scale from -1 to 1, bit for bit")
 
     p = verb(
         "bench", bench, "measure this machine against plain code, and predict a study's time", "cmrhpc bench ws --quick"

@@ -146,8 +146,11 @@ def settings(study: Study, task: Task, output: str = "") -> dict[str, Any]:
         return {"folds": whole["folds"]}
     # How often a log line or a checkpoint is written decides no result.
     compute = {k: v for k, v in whole["compute"].items() if k != "checkpoint_seconds"}
+    if task.stage == "synthesize" and study.generators[task.generator].external:
+        # Where the folder lies decides nothing; what is in it is an input.
+        return {"external": {"max_ratio": study.generators[task.generator].max_ratio}}
     if task.stage == "synthesize":
-        own = {k: v for k, v in whole["generators"][task.generator].items() if k != "log_every"}
+        own = {k: v for k, v in whole["generators"][task.generator].items() if k not in ("log_every", "external")}
         affine = {"affine": whole["affine"]} if own["expand"] else {}
         return {"generator": own, "compute": compute} | affine
     if task.stage == "refine":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class Generator:
     spectral_norm: bool = False
     r1: float = setting(0.0, low=0.0)
     log_every: int = setting(50, low=1)
+    external: str = ""  # folder of images that something else made; then only max_ratio counts beside it
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ class Study:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def to_share(self) -> dict[str, Any]:
-        """As `to_json`, without the path of the raw folder: for files that leave the workspace."""
+        """As `to_json`, without the paths of the raw and external folders: for files that leave the workspace."""
         values = self.to_json()
+        for generator in values["generators"].values():
+            generator["external"] = generator["external"] and "(not told)"
         return values | {"data": values["data"] | {"raw": ""}}
 
     @staticmethod
@@ -188,6 +192,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "dcgan": _PLAIN | {"mutations": ["heuristic"]},
     "acgan": _PLAIN | {"mutations": ["heuristic"], "conditional": True},
 }
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # of an external generator: a folder, and a part of an arm's name
 REFINERS: dict[str, dict[str, Any]] = {"simgan": {}}
 CLASSIFIERS: dict[str, dict[str, Any]] = {"resnet50": {"network": "resnet50"}, "xception": {"network": "xception"}}
 
@@ -242,10 +247,25 @@ def parse_study(text: str, where: str = "study.toml") -> Study:
         if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
             raise BadInput(f"[{table}] must hold tables", f"{where} [{table}]", f"write [{table}.NAME]")
         for name, own in named.items():
+            if table == "generators" and "external" in own:
+                _check_external(name, own, f"{where} [generators.{name}]")
+                continue
             if name not in presets:
                 raise unknown(name, presets, f"{where} [{table}]")
             named[name] = presets[name] | own
     return _check_study(build(Study, values, where, ""), where)
+
+
+def _check_external(name: str, own: dict[str, Any], where: str) -> None:
+    """An external generator has a name of its own and no settings of training."""
+    if name in {**GENERATORS, **REFINERS} or name in ("none", "affine", "repeat-real") or not _NAME.fullmatch(name):
+        mend = "lower-case letters, digits, - and _, at most 40, and none of ours: for example stylegan"
+        raise BadInput(f'"{name}" cannot name an external generator', where, mend)
+    if not own["external"]:
+        raise BadInput("external names no folder", where, 'write external = "FOLDER"')
+    if more := sorted(own.keys() - {"external", "max_ratio"}):
+        what = f"an external generator is not trained here, so it has no {', '.join(more)}"
+        raise BadInput(what, where, "keep external and max_ratio alone")
 
 
 def _check_study(study: Study, where: str) -> Study:
@@ -258,7 +278,7 @@ def _check_study(study: Study, where: str) -> Study:
         raise wrong(f"a study needs two or more different classes, not {list(study.classes)}", "classes", "name each")
     if study.data.channels == 2:
         raise wrong("channels must be 1 or 3", "[data] channels", "1 for grey images, 3 for colour")
-    if study.generators:
+    if any(not generator.external for generator in study.generators.values()):
         start_and_ups(study.data.image_size, where)
     if not study.classifiers:
         raise wrong("no classifier", "[classifiers]", "add [classifiers.resnet50]")

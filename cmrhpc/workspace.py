@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cmrhpc import files, seal, shards
+from cmrhpc import external, files, seal, shards
 from cmrhpc import plan as planning
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, Task
@@ -74,6 +74,10 @@ class Workspace:
     def raw(self) -> Path:
         """The raw folder; a relative path in the study starts at the workspace."""
         return (self.root / self.study.data.raw).absolute()
+
+    def external(self, generator: str) -> Path:
+        """The folder of an external generator's images; a relative path in the study starts at the workspace."""
+        return (self.root / self.study.generators[generator].external).absolute()
 
     @cached_property
     def study_sha256(self) -> str:
@@ -217,6 +221,7 @@ class Judge:
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
         self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
         self.hashes: dict[str, str] = {}
+        self.sums: dict[str, dict[str, dict[str, str]]] = {}  # of the external generators, each read once
         self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
 
     def stage(self, stage: str) -> list[State]:
@@ -276,7 +281,11 @@ class Judge:
         asked = [COHORT] if output == FOLDS else planning.inputs(self.study, task)
         if output == COHORT:
             return self._table_reason(entry)
-        if sorted(entry.inputs) != sorted(asked):
+        told = dict(entry.inputs)
+        images = told.pop(external.input_name(task), "") if task.stage == "synthesize" else ""
+        if images and (wrong := self._external_reason(task, images)):
+            return wrong
+        if sorted(told) != sorted(asked):
             return "it reads other shards now"
         for path in asked:
             if self.verdict(path):
@@ -302,6 +311,21 @@ class Judge:
         if told and table.is_file() and shards.sha256_file(table) != told:
             return f"the table {self.study.data.table} changed"
         return ""
+
+    def _external_reason(self, task: Task, told: str) -> str:
+        """External images are compared where their folder can be reached: by their list, with `check` each file."""
+        root = self.workspace.external(task.generator)
+        if not (root / external.SUMS).is_file():
+            return ""
+        try:
+            if task.generator not in self.sums:
+                self.sums[task.generator] = external.read_sums(root)
+            place = external.place_of(root, self.sums[task.generator], task)
+        except BadInput as error:
+            return f"external images: {error.what}"
+        if place.content_sha256 != told:
+            return f"the external images of {place.name} changed"
+        return place.damage() if self.check else ""
 
     def _report_reason(self) -> str:
         report = self.workspace.path(REPORT)

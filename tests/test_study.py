@@ -48,6 +48,41 @@ def test_each_mistake_is_named(study_text: str, old: str, new: str, words: list[
         assert word in str(raised.value)
 
 
+EXTERNAL = '[generators.stylegan]\nexternal = "made"\n'
+
+
+def test_an_external_generator_is_an_arm_with_no_setting_of_training(study_text: str) -> None:
+    study = parse_study(study_text + EXTERNAL + '[[arms]]\nname = "stylegan+simgan+affine"\nratios = [5]\n')
+    assert study.generators["stylegan"].external == "made"
+    assert Study.from_json(study.to_json()) == study
+    assert Study.from_json(study.to_share()).generators["stylegan"].external == "(not told)"
+    made = [task for task in plan.tasks(study, "synthesize") if task.generator == "stylegan"]
+    assert [(task.fold, task.label) for task in made] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert plan.settings(study, made[0]) == {"external": {"max_ratio": 5.0}}
+    # The folder's place, and that there are such generators at all, is no setting of those that are trained here.
+    own = plan.tasks(study, "synthesize")[0]
+    assert "external" not in plan.settings(study, own)["generator"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (EXTERNAL + "generations = 5\n", "is not trained here, so it has no generations"),
+        (EXTERNAL.replace("stylegan", "dcgan"), '"dcgan" cannot name an external generator'),
+        (EXTERNAL.replace("stylegan", "repeat-real"), "cannot name an external generator"),
+        (EXTERNAL.replace("stylegan", '"a+b"'), "cannot name an external generator"),
+        (EXTERNAL.replace("stylegan", '"../a"'), "cannot name an external generator"),
+        (EXTERNAL.replace("stylegan", "simgan"), "cannot name an external generator"),
+        (EXTERNAL.replace('"made"', '""'), "names no folder"),
+        (EXTERNAL.replace('"made"', "3"), "must be a text in quotes"),
+        (EXTERNAL + '[[arms]]\nname = "stylegan"\nratios = [6]\n', "above max_ratio 5"),
+    ],
+)
+def test_mistakes_of_an_external_generator_are_named(study_text: str, text: str, words: str) -> None:
+    with pytest.raises(BadInput, match=words.replace("+", r"\+")):
+        parse_study(study_text + text)
+
+
 def test_two_channels_are_refused(study_text: str) -> None:
     with pytest.raises(BadInput, match="channels"):
         parse_study(study_text.replace("image_size = 16", "image_size = 16\nchannels = 2"))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cmrhpc import files, shards
+from cmrhpc.csvtext import csv_cell
 from cmrhpc.data import region as geometry
 from cmrhpc.data.folds import check_counts
 from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_columns
@@ -353,13 +354,6 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def csv_cell(value: Any) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    if isinstance(value, int | float):
-        return "" if isinstance(value, float) and math.isnan(value) else str(value)
-    return f"'{value}" if str(value).startswith(("=", "+", "-", "@", "\t", "\r")) else str(value)
-
-
 class _Report:
     """The table of what was done to each image, as text, and its sums."""
 
@@ -370,7 +364,7 @@ class _Report:
         self.clipped = 0.0
 
     def add(self, row: Row, patient: str, cut: Cut) -> None:
-        cells = {"row": row.number, "id": row.id, "patient": patient, "label": row.label}
+        cells: dict[str, Any] = {"row": row.number, "id": row.id, "patient": patient, "label": row.label}
         cells |= cut.report | {"warning": "; ".join(cut.warnings)}
         if not self.text.tell():
             self.table.writerow(cells)

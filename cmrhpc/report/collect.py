@@ -117,7 +117,8 @@ def _predictions_place(folder: Path) -> Path:
     """The predictions folder of a workspace, or `folder` when it is one itself. Raises BadInput when there is none."""
     if not folder.is_dir():
         raise BadInput("no such folder", str(folder), "name a workspace or a copied predictions folder")
-    return folder / "predictions" if (folder / "predictions").is_dir() else folder
+    whole = (folder / "predictions").is_dir() or (folder / "study.toml").is_file()
+    return folder / "predictions" if whole else folder
 
 
 def _shard_paths(place: Path) -> Iterator[Path]:

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Iterable, Sequence
-
+from cmrhpc.csvtext import Cell, to_csv
 from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report.published import published
 from cmrhpc.report.result import Result, chosen_text
-
-Cell = str | int | float | None
-
-
-def csv_cell(value: Cell) -> str:
-    """Floats by repr, undefined as empty; a text that a spreadsheet would run as a formula gets an apostrophe."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, str):
-        return "'" + value if value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else value
-    return repr(float(value)) if isinstance(value, float) else str(int(value))
-
-
-def to_csv(header: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([csv_cell(value) for value in line] for line in lines)
-    return stream.getvalue()
-
 
 TABLE = (
     "classifier",

@@ -49,7 +49,10 @@ class Context:
         return planning.seed(self.workspace.study, self.task)
 
     def write(self, datasets: Any, *, schema: str, **more: Any) -> None:
-        """Write the task's shard with its provenance; keywords as for `shards.write_shard`."""
+        """Write the task's shard with its provenance; keywords as for `shards.write_shard`.
+
+        more_inputs: name -> sha256 of what was read beside the shards.
+        """
         info = {"seconds": round(time.time() - self.begun, 3), "study_sha256": self.workspace.study_sha256}
         shards.write_shard(
             self.workspace.path(self.task.output),
@@ -57,7 +60,7 @@ class Context:
             schema=schema,
             task=self.task.to_json(),
             settings=planning.settings(self.workspace.study, self.task),
-            inputs={path: shard.content_sha256 for path, shard in self.inputs.items()},
+            inputs={path: shard.content_sha256 for path, shard in self.inputs.items()} | more.pop("more_inputs", {}),
             seed=self.seed,
             info=info | more.pop("info", {}),
             **more,
@@ -118,7 +121,9 @@ def run_task(
     if importlib.util.find_spec("torch") is None:
         raise BadInput("torch is not installed here", sys.prefix, "pip install 'cmrhpc[train]', or use the container")
     context = Context(workspace, task, inputs, should_stop, progress)
-    if stage == "synthesize":
+    if stage == "synthesize" and workspace.study.generators[task.generator].external:
+        from cmrhpc.stages.external import take_in as work
+    elif stage == "synthesize":
         from cmrhpc.stages.synthesize import synthesize as work
     elif stage == "refine":
         from cmrhpc.stages.refine import refine as work

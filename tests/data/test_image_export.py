@@ -81,7 +81,7 @@ def test_without_their_cohort_they_stay_normalised_and_say_so(workspace: Path, t
     if case == "no cohort":
         (workspace / "cohort.h5").unlink()
     export(workspace, "synthetic/s.h5", tmp_path / "out", "mha")
-    assert {row["unit"] for row in table(tmp_path / "out")} == {"-1 to 1"}
+    assert {row["unit"] for row in table(tmp_path / "out")} == {"[-1, 1]"}
     assert table(tmp_path / "out")[0]["spacing_mm"] == ""
     pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "000003_class1.mha")))
     assert pixels.max() == 1.0
@@ -96,6 +96,7 @@ def test_png_is_eight_bit_grey(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_told(workspace: Path, tmp_path: Path) -> None:
+    (workspace / "empty").mkdir()
     write_shard(
         workspace / "p.h5", {"score": np.zeros(2)}, schema="predictions-1", task={}, settings={}, inputs={}, seed=0
     )
@@ -107,7 +108,19 @@ def test_what_cannot_be_exported_is_told(workspace: Path, tmp_path: Path) -> Non
         export(workspace, "cohort.h5", tmp_path / "out", "gif")
     with pytest.raises(UsageError):
         export(workspace, "cohort.h5", tmp_path / "out", limit=-1)
+    with pytest.raises(UsageError, match="by-fold is for the cohort"):
+        export(workspace, "p.h5", tmp_path / "out", by_fold=True)
+    with pytest.raises(BadInput, match="no shard in this folder"):
+        export(workspace, "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_mixed_into_a_folder_that_holds_something(workspace: Path, tmp_path: Path) -> None:
+    export(workspace, "cohort.h5", tmp_path / "out", limit=1)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(UsageError, match="not empty"):
+        export(workspace, "cohort.h5", tmp_path / "out", "mha")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32])

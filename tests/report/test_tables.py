@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from cmrhpc.report import csvfiles, tables
+from cmrhpc.csvtext import csv_cell
+from cmrhpc.report import tables
 from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
 from cmrhpc.report.published import FIGURES
@@ -258,10 +259,13 @@ def test_markdown_renders_as_tables(report: AggregateResult) -> None:
         (math.nan, ""),
         (None, ""),
         (3, "3"),
+        (np.int64(3), "3"),
+        (np.float32(0.5), "0.5"),
+        (math.inf, ""),
     ],
 )
 def test_csv_cells_are_exact_and_run_no_formula(value, text: str) -> None:
-    assert csvfiles.csv_cell(value) == text
+    assert csv_cell(value) == text
 
 
 def planted(tmp_path: Path, right, **options) -> list[dict[str, str]]:

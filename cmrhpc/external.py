@@ -1,0 +1,128 @@
+"""Synthetic images that something else made: where they lie, and one hash per place. Standard library only.
+
+The folder of an external generator holds one folder per place, `fold0_repeat0_class1`, or one per class, `class1`, that
+serves every fold. Which files belong to a place, and their content, is what `SHA256SUMS` says, the list that
+`sha256sum` writes: planning reads this one file and touches no image.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmrhpc import shards
+from cmrhpc.errors import BadInput
+from cmrhpc.plan import Task
+
+SUMS = "SHA256SUMS"
+DECLARATION = "train_ids.csv"
+TABLE = "images.csv"
+MAX_BYTES = 2**28  # of a list
+MAKE_SUMS = f"make it again: cd FOLDER && find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one fold, repeat and class. name: the folder's, below `root`; files: name -> sha256, sorted."""
+
+    root: Path
+    name: str
+    files: dict[str, str]
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash over names and content of all files. The place's own name decides nothing."""
+        return shards.sha256_of(self.files)
+
+    @property
+    def images(self) -> list[str]:
+        """Names of the image files, in the order in which ratios use them."""
+        return [name for name in self.files if name not in (DECLARATION, TABLE)]
+
+    def path(self, name: str) -> Path:
+        return self.root / self.name / name
+
+    def where(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def damage(self) -> str:
+        """The first file that is not what `SHA256SUMS` says, in words; empty when all are. Reads every file."""
+        folder = self.root / self.name
+        try:
+            there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+            for name in sorted(there ^ self.files.keys()):
+                return f"{self.where(name)} is {f'not in {SUMS}' if name in there else 'missing'}"
+            for name, told in self.files.items():
+                if shards.sha256_file(folder / name) != told:
+                    return f"{self.where(name)} is not the file that {SUMS} names"
+        except OSError as error:
+            return f"{self.name} cannot be read: {error.strerror}"
+        return ""
+
+
+def input_name(task: Task) -> str:
+    """What an external task's shard calls its images among its inputs."""
+    return f"external/{Path(task.output).stem}"
+
+
+def read_sums(root: Path) -> dict[str, dict[str, str]]:
+    """Folder -> file name -> sha256, both sorted; files that lie higher or deeper do not count.
+
+    Raises BadInput when the list is missing, cannot be read, or names a file twice.
+    """
+    path = root / SUMS
+    found: dict[str, dict[str, str]] = {}
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput(f"{SUMS} is larger than {MAX_BYTES >> 20} MiB", str(path), "one line per image is enough")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise BadInput(f"no {SUMS} among the external images", str(path), MAKE_SUMS) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {SUMS}: {error}", str(path), MAKE_SUMS) from None
+    for number, line in enumerate(lines, 1):
+        if not (match := _LINE.fullmatch(line)):
+            raise BadInput(f"not a line of sha256sum: {line[:80]!r}", f"{path} line {number}", MAKE_SUMS)
+        folder, _, name = match[2].partition("/")
+        if not name or "/" in name or folder == ".." or name == "..":
+            continue
+        files = found.setdefault(folder, {})
+        if name in files:
+            raise BadInput("a file is listed twice", f"{path} line {number}", MAKE_SUMS)
+        files[name] = match[1].lower()
+    return {folder: dict(sorted(found[folder].items())) for folder in sorted(found)}
+
+
+def place_of(root: Path, sums: dict[str, dict[str, str]], task: Task) -> Place:
+    """The place that serves a synthesize task: that of its fold, repeat and class, else that of its class.
+
+    Raises BadInput when there is neither, or no image or no declaration in it.
+    """
+    names = [Path(task.output).stem, f"class{task.label}"]
+    for name in names:
+        if name in sums:
+            place = Place(root, name, sums[name])
+            if DECLARATION not in place.files:
+                mend = f"list there the ids of the real images that training saw (column id), then {MAKE_SUMS}"
+                raise BadInput(f"no {DECLARATION}: what was the generator trained on?", f"{root}/{name}", mend)
+            if not place.images:
+                raise BadInput("no image", f"{root}/{name}", f"put images there, then {MAKE_SUMS}")
+            return place
+    raise BadInput(f"no folder {' or '.join(names)} in {SUMS}", str(root), f"put images there, then {MAKE_SUMS}")
+
+
+def read_columns(path: Path, where: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Heading and rows of a small CSV file. Raises BadInput when it is none."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput("the table is too large", where, "one row per image is enough")
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            return list(reader.fieldnames or ()), [
+                {key: (value or "").strip() for key, value in row.items() if key} for row in reader
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"cannot read the table: {error}", where, "save it as CSV with the encoding UTF-8") from None
