@@ -52,18 +52,21 @@ class DCDiscriminator(nn.Module):
     """One convolution 4x4 stride 2 per halving, batch norm after all but the first, leaky ReLU, linear.
 
     Images (N, channels, size, size) -> logits (N,), or with `n_classes` (logits (N,), class logits (N, n_classes)).
+    Without `batch_norm` it mixes no samples; spectral norm takes its place then, since batch norm would undo the scale.
     """
 
-    mixes_samples = True
-
-    def __init__(self, image_size: int, channels: int, base_channels: int, n_classes: int = 0):
+    def __init__(self, image_size: int, channels: int, base_channels: int, n_classes: int = 0, batch_norm: bool = True):
         super().__init__()
+        self.mixes_samples = batch_norm
         start, ups = start_and_ups(image_size)
         widths = [channels, *(base_channels * 2**i for i in range(ups))]
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1, bias=i == 0) for i, (a, b) in enumerate(itertools.pairwise(widths))
+            nn.Conv2d(a, b, 4, stride=2, padding=1, bias=i == 0 or not batch_norm)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) if i else nn.Identity() for i, width in enumerate(widths[1:]))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(width) if i and batch_norm else nn.Identity() for i, width in enumerate(widths[1:])
+        )
         self.linear = nn.Linear(widths[-1] * start**2, 1)
         self.head = nn.Linear(widths[-1] * start**2, n_classes) if n_classes else None
 
@@ -76,14 +79,20 @@ class DCDiscriminator(nn.Module):
 
 
 def dcgan_pair(
-    image_size: int, channels: int, latent_dim: int, base_channels: int, generator: torch.Generator, n_classes: int = 0
+    image_size: int,
+    channels: int,
+    latent_dim: int,
+    base_channels: int,
+    generator: torch.Generator,
+    n_classes: int = 0,
+    batch_norm: bool = True,
 ) -> tuple[DCGenerator, DCDiscriminator]:
     """G and D with DCGAN's seeded initial weights: normal(0, 0.02), batch-norm scales normal(1, 0.02).
 
-    Raises BadInput for an image size that does not fit.
+    batch_norm: in D. Raises BadInput for an image size that does not fit.
     """
     g = DCGenerator(image_size, channels, latent_dim, base_channels, n_classes)
-    d = DCDiscriminator(image_size, channels, base_channels, n_classes)
+    d = DCDiscriminator(image_size, channels, base_channels, n_classes, batch_norm)
     for module in [*g.modules(), *d.modules()]:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d | nn.Embedding):
             centre = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cmrhpc.nets.spectral import spectral_layers
 from cmrhpc.train import losses
+from cmrhpc.train.diffaugment import Views, augment
 from cmrhpc.train.flat import Flat, adam_children, adam_step
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 
@@ -39,6 +41,7 @@ class Draws:
     label: Tensor | None = None  # (T, B) asked for with `noise`
     training_label: Tensor | None = None  # (1 or survivors * mutations, B)
     scoring_label: Tensor | None = None  # (E,)
+    views: Views | None = None  # DiffAugment's draws; None without
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Evolution:
         self.buffers = self.g.buffers.clone()[None]
         self.first, self.second = torch.zeros_like(self.parents), torch.zeros_like(self.parents)
         self.d_first, self.d_second = torch.zeros_like(self.d.vector), torch.zeros_like(self.d.vector)
+        self.normed = spectral_layers(discriminator)
 
     def generation(self, draws: Draws) -> Outcome:
         """Train D, make every parent's offspring, score them, keep the best with their own optimizer states."""
@@ -152,6 +156,10 @@ class Evolution:
         wide = torch.promote_types(out.dtype, torch.float32)
         return out.to(wide), None if classes is None else classes.to(wide)
 
+    def _judge(self, images: Tensor, view: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(logits, class logits or None) of images as D sees them: through DiffAugment where it is on."""
+        return self._run(self.discriminator, images if view is None else augment(images, view))
+
     def _spans(self, count: int) -> list[slice]:
         """The pieces in which a batch of `count` samples is worked on."""
         ends = [count * i // self.pieces for i in range(self.pieces + 1)]
@@ -164,6 +172,8 @@ class Evolution:
         loss, gradient = (sum(parts[1:], start=parts[0]) for parts in zip(*done, strict=True))
         self.d_steps += 1
         adam_step(self.d.vector, gradient, self.d_first, self.d_second, self.d_steps, self.learning_rate, self.betas)
+        for norm, weight in self.normed:
+            norm.iterate(weight)
         return loss
 
     def _loss_d(self, seat: Seat, draws: Draws, t: int, span: slice) -> tuple[Tensor, Tensor]:
@@ -171,12 +181,14 @@ class Evolution:
         real = draws.real[t, span]
         label = None if draws.label is None else draws.label[t]
         fake = self._fakes(seat, draws.noise[t], label, span)
+        views = draws.views
+        real_view, fake_view = (None, None) if views is None else (views.real[t, span], views.fake[t, span])
         if draws.lam is not None:
             lam = draws.lam[t, span]
-            loss = losses.mixup_loss(self._run(self.discriminator, losses.mixup(real, fake, lam))[0], lam)
+            loss = losses.mixup_loss(self._judge(losses.mixup(real, fake, lam), real_view)[0], lam)
         else:
-            real_logit, real_classes = self._run(self.discriminator, real)
-            fake_logit, fake_classes = self._run(self.discriminator, fake)
+            real_logit, real_classes = self._judge(real, real_view)
+            fake_logit, fake_classes = self._judge(fake, fake_view)
             loss = losses.discriminator_loss(real_logit, fake_logit)
             if real_classes is not None and fake_classes is not None and draws.real_label is not None:
                 loss = loss + losses.class_loss(real_classes, draws.real_label[t, span])
@@ -185,7 +197,7 @@ class Evolution:
         if self.r1:
             seen = real.detach().requires_grad_()
             with frozen_statistics(self.discriminator):
-                objective = loss + self.r1 * losses.r1_penalty(self._run(self.discriminator, seen)[0], seen)
+                objective = loss + self.r1 * losses.r1_penalty(self._judge(seen, real_view)[0], seen)
         share = len(real) / draws.real.shape[1]
         return loss.detach() * share, self._d_gradient(objective * share)
 
@@ -232,7 +244,8 @@ class Evolution:
         noise = draws.training_noise[k]
         label = None if draws.training_label is None else draws.training_label[k, span]
         images, _ = self._run(seat.module, noise[span], label)
-        values, upstream = self._image_gradients(images.detach(), label, mutations)
+        view = None if draws.views is None else draws.views.training[span]
+        values, upstream = self._image_gradients(images.detach(), label, mutations, view)
         share = len(images) / len(noise)
         gradients = []
         for m, slope in enumerate(upstream):
@@ -242,12 +255,12 @@ class Evolution:
         return torch.stack(values) * share, torch.stack(gradients), seat.flat.buffers.repeat(len(mutations), 1)
 
     def _image_gradients(
-        self, images: Tensor, label: Tensor | None, mutations: Sequence
+        self, images: Tensor, label: Tensor | None, mutations: Sequence, view: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Each mutation's loss and its gradient at the images, from one forward pass through D."""
         images.requires_grad_()
         with frozen_statistics(self.discriminator):
-            logit, classes = self._run(self.discriminator, images)
+            logit, classes = self._judge(images, view)
         if self.d_mixes or classes is not None:
             values = [mutation(logit) for mutation in mutations]
             if classes is not None and label is not None:
@@ -262,7 +275,11 @@ class Evolution:
         return [value.detach() for value in values], [f.view(-1, 1, 1, 1) * slope for f in factors]
 
     def _score(self, draws: Draws, offspring: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
-        """F_q and F_d of every offspring on the same noise and the same unmixed real images ([DAE] 7, 8)."""
+        """F_q and F_d of every offspring on the same noise and the same unmixed real images ([DAE] 7, 8).
+
+        With DiffAugment they are judged through one draw for all offspring: D knows no image that is not augmented.
+        """
+        views = draws.views
         # The real half of F_d is the same for all offspring. Passes that fill the workers evenly stay whole.
         passes = [None, *range(len(offspring))]
         whole = len(passes) % self.workers.count == 0
@@ -271,13 +288,14 @@ class Evolution:
         def job(seat: Seat, i: int | None, span: slice) -> tuple[Tensor, Tensor]:
             share = (span.stop - span.start) / len(draws.scoring_real)
             if i is None:
-                logit, _ = self._run(self.discriminator, draws.scoring_real[span])
+                view = None if views is None else views.scoring_real[span]
+                logit, _ = self._judge(draws.scoring_real[span], view)
                 return logit.detach(), self._d_gradient(losses.real_half(logit) * share)
             seat.hold(offspring[i], buffers[i])
             label = None if draws.scoring_label is None else draws.scoring_label[span]
             with torch.no_grad(), frozen_statistics(seat.module):
                 fake, _ = self._run(seat.module, draws.scoring_noise[span], label)
-            logit, _ = self._run(self.discriminator, fake)
+            logit, _ = self._judge(fake, None if views is None else views.scoring_fake[span])
             gradient = self._d_gradient(losses.fake_half(logit) * share)
             return losses.quality_fitness(logit.detach()) * share, gradient
 

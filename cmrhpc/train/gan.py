@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
+from cmrhpc.nets.spectral import add_spectral_norm
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Affine, Compute, Generator
 from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import setup_compute
+from cmrhpc.train.diffaugment import Views
 from cmrhpc.train.evolution import Draws, Evolution, Outcome
 from cmrhpc.train.latent import Latent
 from cmrhpc.train.log import json_safe
@@ -60,11 +62,18 @@ def build_pair(
     """Seeded G and D of a generator's settings. Raises BadInput for an image size that does not fit."""
     rng = torch.Generator().manual_seed(derive_seed(seed, "weights"))
     size = (image_size, channels, settings.latent_dim, settings.base_channels, rng)
+    g: nn.Module
+    d: nn.Module
     if settings.networks == "dcgan":
-        return dcgan_pair(*size, n_classes=n_classes if settings.conditional else 0)
-    if settings.conditional:
+        classes = n_classes if settings.conditional else 0
+        g, d = dcgan_pair(*size, n_classes=classes, batch_norm=not settings.spectral_norm)
+    elif settings.conditional:
         raise BadInput("only dcgan networks are conditional", "study.toml conditional", 'set networks = "dcgan"')
-    return residual_pair(*size)
+    else:
+        g, d = residual_pair(*size)
+    if settings.spectral_norm:
+        add_spectral_norm(d, rng)
+    return g, d
 
 
 @or_anew
@@ -92,9 +101,6 @@ def train_gan(
     device = torch.device(device)
     if not len(images) or images.shape[2] != images.shape[3]:
         raise BadInput(f"cannot train on images of shape {tuple(images.shape)}", mend="give square images")
-    for name in ("diffaugment", "spectral_norm"):
-        if getattr(settings, name):
-            raise BadInput(f"{name} is not available yet", f"study.toml {name}", f"set {name} = false")
     if settings.conditional and labels is None:
         raise BadInput("a conditional generator needs labels")
     classes = n_classes if settings.conditional else 0
@@ -201,6 +207,7 @@ def draw_generation(
         label=classes(steps, batch),
         training_label=classes(passes, batch),
         scoring_label=classes(scoring),
+        views=Views.draw(steps, batch, scoring, rng, data.device) if settings.diffaugment else None,
     )
 
 

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cmrhpc.nets.spectral import spectral_layers
 from cmrhpc.train import losses
+from cmrhpc.train.diffaugment import augment
 from cmrhpc.train.evolution import Draws, Outcome, frozen_statistics
 
 
@@ -58,7 +60,7 @@ class PlainEvolution:
                 child_adam.load_state_dict(copy.deepcopy(adam.state_dict()))
                 with frozen_statistics(self.discriminator):
                     self.discriminator.requires_grad_(False)
-                    loss = losses.MUTATIONS[mutation](self.discriminator(child(z)))
+                    loss = losses.MUTATIONS[mutation](self.judge(child(z), draws, "training"))
                     child_adam.zero_grad()
                     loss.backward()
                     child_adam.step()
@@ -87,21 +89,30 @@ class PlainEvolution:
             images = torch.cat(fake)
         if draws.lam is not None:
             mixed = losses.mixup(real, images, draws.lam[t])
-            loss = losses.mixup_loss(self.discriminator(mixed), draws.lam[t])
+            loss = losses.mixup_loss(self.judge(mixed, draws, "real", t), draws.lam[t])
         else:
-            loss = losses.discriminator_loss(self.discriminator(real), self.discriminator(images))
+            loss = losses.discriminator_loss(self.judge(real, draws, "real", t), self.judge(images, draws, "fake", t))
         self.d_adam.zero_grad()
         loss.backward()
         self.d_adam.step()
+        for norm, weight in spectral_layers(self.discriminator):
+            norm.iterate(weight)
         return loss.detach()
+
+    def judge(self, images: Tensor, draws: Draws, view: str, t: int | None = None) -> Tensor:
+        """D's logits; with DiffAugment of the images as `view` of its draws shows them."""
+        if draws.views is not None:
+            draw = getattr(draws.views, view)
+            images = augment(images, draw if t is None else draw[t])
+        return self.discriminator(images)
 
     def fitness(self, generator: nn.Module, draws: Draws) -> tuple[Tensor, Tensor]:
         """F_q and F_d ([DAE] 7, 8)."""
         with frozen_statistics(self.discriminator), frozen_statistics(generator):
             with torch.no_grad():
                 fake = generator(draws.scoring_noise)
-            fake_logit = self.discriminator(fake)
-            loss = losses.discriminator_loss(self.discriminator(draws.scoring_real), fake_logit)
+            fake_logit = self.judge(fake, draws, "scoring_fake")
+            loss = losses.discriminator_loss(self.judge(draws.scoring_real, draws, "scoring_real"), fake_logit)
             gradient = torch.autograd.grad(loss, list(self.discriminator.parameters()))
         vector = torch.cat([g.flatten() for g in gradient])
         return losses.quality_fitness(fake_logit.detach()), losses.diversity_fitness(vector)

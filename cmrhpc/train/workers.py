@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cmrhpc.nets.spectral import SpectralNorm
 from cmrhpc.train.flat import Flat
 
 T = TypeVar("T")
@@ -71,10 +72,11 @@ class Workers:
 
 def keep_no_state(module: nn.Module) -> bool:
     """Whether passes through the module may run side by side: it declares whether it mixes samples, draws no random
-    numbers, and holds no buffers but batch norm's statistics, which are frozen or handed out with the result."""
+    numbers, and holds no buffers but batch norm's statistics, which are frozen or handed out with the result, and
+    spectral norm's, which stand still."""
     known = hasattr(module, "mixes_samples")
     for part in module.modules():
-        norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        norm = isinstance(part, nn.modules.batchnorm._BatchNorm | SpectralNorm)
         known &= norm or not any(True for _ in part.buffers(recurse=False))
         known &= not isinstance(part, nn.modules.dropout._DropoutNd)
     return known

@@ -29,6 +29,11 @@ VARIANTS = {
     "egan": dataclasses.replace(TINY, **PLAIN, discriminator_steps=2),
     "acgan": dataclasses.replace(TINY, **PLAIN, mutations=("heuristic",), conditional=True),
     "r1": dataclasses.replace(TINY, r1=0.5),
+    "small data": dataclasses.replace(TINY, r1=0.5, diffaugment=True, spectral_norm=True),
+    "small data egan": dataclasses.replace(TINY, **PLAIN, diffaugment=True, spectral_norm=True, survivors=2),
+    "small data acgan": dataclasses.replace(
+        TINY, **PLAIN, mutations=("heuristic",), conditional=True, diffaugment=True, spectral_norm=True, r1=0.5
+    ),
 }
 
 
@@ -156,6 +161,18 @@ def test_log_entries() -> None:
     assert entries[-1]["wins"][entries[-1]["winner"]] > 0
 
 
+@pytest.mark.parametrize("networks", ["residual", "dcgan"])
+def test_each_option_for_small_data_changes_the_training_and_nothing_before_it(networks: str) -> None:
+    base = TINY if networks == "residual" else VARIANTS["egan"]
+    without = train(base)
+    for option in ({"diffaugment": True}, {"spectral_norm": True}, {"r1": 0.5}):
+        trained = train(dataclasses.replace(base, **option))  # type: ignore[arg-type]
+        assert torch.equal(trained.untrained, without.untrained)
+        assert not torch.equal(trained.grid, without.grid)
+        normed = [name for name in trained.weights() if name.endswith("parametrizations.weight.0.u")]
+        assert bool(normed) == ("spectral_norm" in option)
+
+
 def test_expansion_and_untrained_images() -> None:
     trained = train(TINY)
     pair = gan.build_pair(TINY, 16, 1, 2, 5)
@@ -217,8 +234,5 @@ def test_refusals() -> None:
         train_gan(torch.zeros(0, 1, 16, 16), None, TINY, COMPUTE, Affine(), n_classes=2, seed=1)
     with pytest.raises(BadInput, match="labels"):
         train_gan(small.images(4), None, VARIANTS["acgan"], COMPUTE, Affine(), n_classes=2, seed=1)
-    for later in ({"diffaugment": True}, {"spectral_norm": True}):  # never taken silently for granted
-        with pytest.raises(BadInput, match="not available"):
-            train(dataclasses.replace(TINY, **later))
     with pytest.raises(BadInput, match="only dcgan"):
         train(dataclasses.replace(TINY, conditional=True))
