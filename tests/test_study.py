@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from cmrhpc import plan
 from cmrhpc.errors import BadInput
-from cmrhpc.study import STUDIES, Study, parse_study
+from cmrhpc.study import GENERATORS, STUDIES, Study, parse_study
+from tests.whole.conftest import cmrhpc
 
 
 def test_resolved_study_survives_json(study_text: str) -> None:
@@ -101,3 +106,33 @@ def test_shipped_studies_have_the_task_counts_of_a_count_by_hand() -> None:
     # dae-gan+simgan 1..5 (5); ratio 0 is none or affine. 21 cells x 2 classifiers.
     expected = {"ingest": 1, "synthesize": 25 * 7, "refine": 25 * 2, "classify": 25 * 42, "aggregate": 1}
     assert counts("fu2021") == expected
+
+
+def test_the_count_by_hand_in_the_docs_is_what_plan_prints(tmp_path: Path) -> None:
+    text = (STUDIES / "fu2021.toml").read_text().replace("classes = []", 'classes = ["0", "1"]')
+    (tmp_path / "study.toml").write_text(text.replace('raw = ""', 'raw = "raw"'))
+    printed = json.loads(cmrhpc("plan", tmp_path, "--json").stdout)["stages"]
+    page = (STUDIES.parents[1] / "docs" / "fu2021.md").read_text()
+    by_hand = {name: int(count) for name, count in re.findall(r"^\| (\w+) \| (\d+) \|$", page, re.MULTILINE)}
+    assert by_hand == {stage: count["total"] for stage, count in printed.items()}
+    assert f"= {sum(by_hand.values())}." in page
+    cells = re.findall(r"^\|[^|]+\|[^|]+\| (\d+)", page, re.MULTILINE)
+    study = parse_study(text)
+    assert sum(map(int, cells)) == len(plan.cells(study)) == 21
+
+
+def test_fu2021_has_every_arm_of_the_papers_and_no_option_of_ours(tmp_path: Path) -> None:
+    study = parse_study((STUDIES / "fu2021.toml").read_text().replace("classes = []", 'classes = ["0", "1"]'))
+    sweep = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    assert {arm.name: arm.ratios for arm in study.arms} == {
+        "none": (0.0,),
+        "affine": (0.0,),
+        **dict.fromkeys(("repeat-real", "dcgan", "acgan", "egan"), (3.0,)),
+        "dae-gan": sweep,
+        "dae-gan+affine": sweep,
+        "dae-gan+simgan": sweep[1:],
+    }
+    for generator in study.generators.values():
+        assert (generator.diffaugment, generator.spectral_norm, generator.ema, generator.r1) == (False, False, 0.0, 0.0)
+    for name in GENERATORS:
+        assert not {"diffaugment", "spectral_norm", "ema", "r1"} & set(GENERATORS[name])

@@ -44,12 +44,13 @@ class Distance:
 
 @dataclass(frozen=True)
 class Strip:
-    """Sample images of one kind and class: file name under figures/, PNG bytes, what they are."""
+    """Sample images of one kind and class: file name under figures/, PNG bytes, what they are, how many."""
 
     name: str
     png: bytes
     kind: str
     label: int
+    count: int
 
 
 @dataclass
@@ -144,10 +145,10 @@ def _fill(gallery: Gallery, images: _Images, collection: Collection) -> None:
             gallery.distances.append(_distance(images, task, label, shard, refined))
             if task.fold == 0:
                 synthetic = images.of_class(shard, label, SAMPLES)
-                gallery.strips += _strip(task.generator, task.generator, label, synthetic)
+                gallery.strips += _strip(task.generator, f"synthetic, {task.generator}", label, synthetic)
                 for name, made in refined.items():
                     if made:
-                        kind, samples = f"{task.generator} refined by {name}", images.of_class(made, label, SAMPLES)
+                        kind, samples = f"refined, {task.generator} by {name}", images.of_class(made, label, SAMPLES)
                         gallery.strips += _strip(f"{task.generator}_{name}", kind, label, samples)
         if task.fold == 0:
             _add_curve(gallery, images, task, shard)
@@ -162,7 +163,8 @@ def _strip(name: str, kind: str, label: int, samples: np.ndarray) -> list[Strip]
     if not len(samples):
         return []
     scale = max(1, 96 // samples.shape[-1])
-    return [Strip(f"samples_{name}_class{label}.png", pictures.grid(samples, columns=8, scale=scale), kind, label)]
+    grid = pictures.grid(samples, columns=8, scale=scale)
+    return [Strip(f"samples_{name}_class{label}.png", grid, kind, label, len(samples))]
 
 
 def _distance(images: _Images, task: Task, label: int, shard: Shard, refined: dict[str, Shard | None]) -> Distance:

@@ -140,7 +140,14 @@ def _strips(result: Result, gallery: Gallery) -> list[tuple[str, list[Picture]]]
     """Per class its sample strips, real first."""
     classes = result.collection.study.classes
     return [
-        (name, [_picture(s.png, s.kind, f"{s.kind}, {name}") for s in gallery.strips if s.label == label])
+        (
+            name,
+            [
+                _picture(s.png, s.kind, f"{name}: {s.kind}, {s.count} images")
+                for s in gallery.strips
+                if s.label == label
+            ],
+        )
         for label, name in enumerate(classes)
         if any(s.label == label for s in gallery.strips)
     ]
@@ -199,11 +206,19 @@ def _facts(result: Result) -> list[tuple[str, str]]:
             f"{study.compute.mode} mode, {count(study.compute.threads, 'thread')} per task; devices {told('device')}",
         ),
         ("training time", _hours(spent)),
+        *_external(result),
         ("code of the tasks", told("code_version")),
         ("container", told("container_sha256")),
         *((f"content of {path}", value) for path, value in sorted(inputs.items())),
         ("this page", f"cmrhpc {_version('cmrhpc')}, Python {platform.python_version()}, {versions}"),
     ]
+
+
+def _external(result: Result) -> list[tuple[str, str]]:
+    """What the page says of images that were made elsewhere."""
+    names = [name for name, generator in result.collection.study.generators.items() if generator.external]
+    told = "images made elsewhere; the real images that they were made from are as declared, which no program can prove"
+    return [("external generators", f"{', '.join(names)}: {told}")] if names else []
 
 
 def _hours(seconds: float) -> str:

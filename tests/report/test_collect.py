@@ -201,6 +201,17 @@ def test_no_usable_prediction_is_bad_input(tmp_path: Path, study, one, scores, w
         collect(folder)
 
 
+def test_a_workspace_with_refined_images_and_no_prediction_is_told_so(tmp_path: Path, study) -> None:
+    (tmp_path / "study.toml").write_text("")
+    shard = tmp_path / "refined/simgan/dae-gan/fold0_repeat0_class0.h5"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"images")
+    with pytest.raises(BadInput) as raised:
+        collect(tmp_path)
+    assert "no prediction to aggregate (no shard found)" in str(raised.value)
+    assert "refined" not in raised.value.what
+
+
 def test_leaks_are_found_by_image_and_by_patient(tmp_path: Path, study, one, scores) -> None:
     train, _, test = one.split[1, 2]
     leaking = np.flatnonzero(test)[:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,8 @@ def test_page_shows_strips_distances_curves_and_warnings(workspace: Path) -> Non
     strips = {f"samples_{kind}_class{label}.png" for kind in kinds for label in (0, 1)}
     curves = {f"training_{part}.png" for part in ("acgan_classes", "dae-gan_class0", "simgan_dae-gan_class1")}
     assert strips | curves <= {path.name for path in (result.folder / "figures").glob("*.png")}
-    assert "dae-gan refined by simgan" in page
+    for kind in ("real, training images of fold 0", "synthetic, dae-gan", "refined, dae-gan by simgan"):
+        assert re.search(rf"<figcaption>[^<]+: {kind}, \d+ images</figcaption>", page), kind
     assert "refined (simgan)" in page
     assert "Warnings while training" in page
     assert "one mutation wins &lt;nearly&gt; always" in page

@@ -252,4 +252,4 @@ def test_a_refiner_may_follow(outside: Path) -> None:
     ask(outside, ASKED + more)
     cmrhpc("run", outside)
     assert read_shard(outside / "predictions/elsewhere+simgan+affine/ratio1/resnet50/fold0_repeat0.h5")["score"].any()
-    assert "elsewhere refined by simgan" in (outside / "report/index.html").read_text()
+    assert "refined, elsewhere by simgan, " in (outside / "report/index.html").read_text()
