@@ -163,7 +163,10 @@ def predict(study: Study, workspace: Workspace | None, jobs: int, outside: float
     sizes, found = sizes_of(study, workspace), {}
     rarest, whole = min(sizes.per_class), sum(sizes.per_class)
     for stage in ("synthesize", "refine", "classify"):
-        tasks = planning.tasks(study, stage)
+        # Images that something else made are only read.
+        made_elsewhere = {name for name, generator in study.generators.items() if generator.external}
+        every = planning.tasks(study, stage)
+        tasks = [task for task in every if stage != "synthesize" or task.generator not in made_elsewhere]
         costs: dict[tuple[str, str], dict[str, float]] = {}
         for task in tasks:
             kind = kind_of(task)

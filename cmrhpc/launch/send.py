@@ -50,8 +50,12 @@ def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, st
         mend = f"sha256sum {image} > {image}.sha256"
         raise BadInput(f"no checksum beside the image: {image}.sha256", where, mend)
     binds = [os.path.expandvars(bind) for bind in profile.container.binds]
-    if stage == "ingest" and not workspace.raw.resolve().is_relative_to(workspace.root.resolve()):
-        binds.append(str(workspace.raw.resolve()))
+    read = [workspace.raw] if stage == "ingest" else []
+    if stage == "synthesize":
+        read += [workspace.external(name) for name, one in workspace.study.generators.items() if one.external]
+    for folder in dict.fromkeys(path.resolve() for path in read):
+        if not folder.is_relative_to(workspace.root.resolve()):
+            binds.append(str(folder))
     found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
     return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
 

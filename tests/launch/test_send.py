@@ -102,3 +102,16 @@ def test_ingest_sees_raw_images_that_lie_elsewhere(tmp_path: Path, study_text: s
         (place / "study.toml").write_text(study_text.replace('raw = "raw"', f'raw = "{raw}"'))
         assert settings(Workspace(place), with_image(tmp_path), "ingest").get("APPTAINER_BIND") == binds
         assert "APPTAINER_BIND" not in settings(Workspace(place), with_image(tmp_path), "classify")
+
+
+def test_synthesize_sees_external_images_that_lie_elsewhere(tmp_path: Path, study_text: str) -> None:
+    for name in ("cmrhpc.sif", "cmrhpc.sif.sha256"):
+        (tmp_path / name).touch()
+    (tmp_path / "ws").mkdir()
+    more = "".join(
+        f'[generators.{name}]\nexternal = "{folder}"\n' for name, folder in (("a", "made"), ("b", "../made"))
+    )
+    (tmp_path / "ws" / "study.toml").write_text(study_text + more)
+    workspace = Workspace(tmp_path / "ws")
+    assert settings(workspace, with_image(tmp_path), "synthesize")["APPTAINER_BIND"] == f"{tmp_path}/made"
+    assert "APPTAINER_BIND" not in settings(workspace, with_image(tmp_path), "classify")

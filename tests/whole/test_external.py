@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmrhpc.data.export import export
 from cmrhpc.data.mha import mha_bytes
 from cmrhpc.errors import BadInput
 from cmrhpc.plan import STAGES
@@ -47,7 +48,7 @@ def ask(root: Path, more: str = ASKED) -> Path:
 @pytest.fixture
 def outside(copied: Path) -> Path:
     """A finished workspace and, in `made`, the images of its DAE-GAN as if something else had made them."""
-    cmrhpc("export", copied, "--shard", "synthetic/dae-gan", "--to", copied / "made", "--format", "mha", "--unit-scale")
+    export(copied, "synthetic/dae-gan", copied / "made", "mha", unit_scale=True)
     return ask(copied)
 
 
@@ -103,7 +104,10 @@ def test_png_images_are_equal_to_half_a_step_of_eight_bits(copied: Path) -> None
 
 
 def test_raw_units_come_back_through_their_window(copied: Path) -> None:
-    cmrhpc("export", copied, "--shard", "synthetic/dae-gan", "--to", copied / "made", "--format", "mha")
+    arguments = ["--shard", "synthetic/dae-gan", "--to", copied / "unit", "--format", "mha"]
+    cmrhpc("export", copied, *arguments, "--unit-scale")
+    assert ',"[-1, 1]",,,' in (copied / "unit" / PLACE / "images.csv").read_text()
+    export(copied, "synthetic/dae-gan", copied / "made", "mha")
     assert ",raw,300.0,1800.0," in (copied / "made" / PLACE / "images.csv").read_text()
     ask(copied)
     make(copied)
