@@ -62,18 +62,16 @@ def build_pair(
     """Seeded G and D of a generator's settings. Raises BadInput for an image size that does not fit."""
     rng = torch.Generator().manual_seed(derive_seed(seed, "weights"))
     size = (image_size, channels, settings.latent_dim, settings.base_channels, rng)
-    g: nn.Module
-    d: nn.Module
+    pair: tuple[nn.Module, nn.Module]
     if settings.networks == "dcgan":
-        classes = n_classes if settings.conditional else 0
-        g, d = dcgan_pair(*size, n_classes=classes, batch_norm=not settings.spectral_norm)
+        pair = dcgan_pair(*size, n_classes if settings.conditional else 0, batch_norm=not settings.spectral_norm)
     elif settings.conditional:
         raise BadInput("only dcgan networks are conditional", "study.toml conditional", 'set networks = "dcgan"')
     else:
-        g, d = residual_pair(*size)
+        pair = residual_pair(*size)
     if settings.spectral_norm:
-        add_spectral_norm(d, rng)
-    return g, d
+        add_spectral_norm(pair[1], rng)
+    return pair
 
 
 @or_anew
@@ -98,7 +96,6 @@ def train_gan(
     """
     # Initialize.
     setup_compute(compute)
-    device = torch.device(device)
     if not len(images) or images.shape[2] != images.shape[3]:
         raise BadInput(f"cannot train on images of shape {tuple(images.shape)}", mend="give square images")
     if settings.conditional and labels is None:
