@@ -214,7 +214,7 @@ def verify(args: argparse.Namespace) -> int:
         what = f"{len(result.damaged)} damaged, {len(result.leaks)} leaks"
         raise Damage(what, args.workspace, "`cmrhpc run` makes the damaged part again; a leak needs its cause mended")
     if not result.shards:
-        what = f"nothing to verify: no task is done yet, {result.missing} are to be"
+        what = f"nothing to verify: no task is done yet, {result.missing} are missing"
         raise Incomplete(what, args.workspace, "`cmrhpc run` (or submit) makes the study")
     if result.out_of_date:
         if args.json:

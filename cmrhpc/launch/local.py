@@ -145,6 +145,10 @@ def _start_server(context: Any, stop: _StopFlag) -> None:
     waiting.start()
     while waiting.is_alive() and not stop.number:
         waiting.join(0.2)
+    if waiting.is_alive():  # it would load torch to the end, with our output held open, and only then see that we left
+        with contextlib.suppress(OSError, TypeError):
+            os.kill(getattr(forkserver._forkserver, "_forkserver_pid", None), signal.SIGKILL)  # type: ignore[arg-type]
+        waiting.join(10)
     if failed and not stop.number:
         mend = "is there memory for torch? then run the same command again"
         raise Incomplete(f"the process that starts the tasks ended ({type(failed[0]).__name__})", "", mend)
