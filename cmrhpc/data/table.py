@@ -152,7 +152,7 @@ def _records(stream: TextIO, table: str, columns: Mapping[str, str]) -> Iterator
     names = {ours: columns.get(ours, ours) for ours in KNOWN}
     for ours, theirs in columns.items():
         if ours not in names:
-            mend = f"the names are {', '.join(names)}"
+            mend = f"{did_you_mean(ours, names)}the names are {', '.join(names)}"
             raise BadInput(f"there is no column named {shown(ours)} to map", "[data] columns", mend)
         if theirs not in heading:
             raise _no_column(theirs, table, heading, ours)

@@ -66,6 +66,7 @@ class Display:
         self.spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.running: dict[str, _Shown] = {}  # by title
         self.jobs = jobs
+        self.stop_told = False
         self.bars: Any = None
         self.rows: dict[str, Any] = {}
         self.plain = plain or not sys.stdout.isatty()
@@ -115,6 +116,15 @@ class Display:
     def _place(self, state: State) -> str:
         stage = state.task.stage
         return f"{stage:<10} {self.done[stage]:>3}/{self.total[stage]:<3} {state.task.title}"
+
+    def stopping(self) -> None:
+        """A stop was asked for: say once what is being waited for."""
+        if not self.stop_told:
+            self.stop_told = True
+            count = len(self.running)
+            line = f"stopping: {count} running task{'s save' if count > 1 else ' saves'} what can be saved; "
+            line += "Ctrl-C again ends at once"
+            print(line, flush=True) if self.plain else self.bars.console.print(line, markup=False)
 
     def time_left(self) -> str:
         """From the mean time of a stage's finished tasks, or the running ones' fraction.

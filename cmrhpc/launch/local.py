@@ -94,6 +94,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
             if not running:
                 break
             if stop.number:
+                display.stopping()
                 for task in running.values():
                     with contextlib.suppress(OSError):
                         os.kill(task.process.pid or 0, signal.SIGKILL if stop.at_once else signal.SIGTERM)

@@ -125,6 +125,8 @@ def test_a_missing_column_says_how_to_map_it(raw: Path) -> None:
         read_table(raw)
     with pytest.raises(BadInput, match='no column "person"'):
         read_table(raw, columns={"patient": "person"})
+    with pytest.raises(BadInput, match=r'no column named "patinet" to map(.|\n)*did you mean "patient"\?'):
+        read_table(raw, columns={"patinet": "subject"})
     with pytest.raises(BadInput, match='no column named "sex" to map'):
         read_table(raw, columns={"sex": "subject"})
 

@@ -53,6 +53,19 @@ def test_a_long_task_is_told_once_a_minute(clock: Clock, capsys: pytest.CaptureF
     ]
 
 
+def test_a_stop_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = states(classify=2)
+    with Display(tasks, plain=True, jobs=2) as display:
+        for state in tasks["classify"]:
+            display.started(state)
+        display.stopping()
+        display.finished(tasks["classify"][0], "stopped", "a checkpoint was saved", 3)
+        display.stopping()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "stopping: 2 running tasks save what can be saved; Ctrl-C again ends at once"
+    assert [line for line in lines if "stopping" in line] == lines[:1]
+
+
 def test_a_task_alone_says_every_minute_how_far_it_is(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     progress = lines_of_one_task()
     for step in range(1, 91):

@@ -91,6 +91,25 @@ def test_a_signal_to_the_run_alone_reaches_its_tasks(fresh: Path, tmp_path: Path
     assert not working(root)
 
 
+def test_a_second_interrupt_ends_the_tasks_at_once(fresh: Path, tmp_path: Path) -> None:
+    """A task that stands still never answers a request: only a kill ends it."""
+    root = copy_of(fresh, tmp_path / "run")
+    process = start(root)
+    wait_until(process, lambda: working(root))
+    (worker,) = {record.pid for record in map(read_record, (root / "logs").glob("*.json")) if record}
+    os.kill(worker, signal.SIGSTOP)
+    for _ in range(TIMEOUT):
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(1)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    code, lines = process.returncode, errors.decode().splitlines()
+    assert (code, len(lines)) == (130, 1), lines
+    assert not working(root)
+    assert not Path(f"/proc/{worker}").exists()
+    assert_no_half_file(root)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_stopped_at_thirty_random_moments(fresh: Path, undisturbed: Path, tmp_path: Path) -> None:
