@@ -87,7 +87,7 @@ def watch(root: str, seconds: float = 5.0) -> int:
         if terminal:
             # One write, over the old lines: no flicker, and what is longer than the screen does not scroll.
             width, height = shutil.get_terminal_size()
-            lines = [line[: width - 1] for line in [*text.splitlines(), time.strftime("%H:%M:%S")]][: height - 1]
+            lines = [line[: width - 1] for line in [*text.splitlines()[: height - 2], time.strftime("%H:%M:%S")]]
             sys.stdout.write("\033[H" + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
             sys.stdout.flush()
         elif text != shown:

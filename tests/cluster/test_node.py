@@ -169,7 +169,9 @@ def test_urgent_job_preempts_and_the_other_comes_back(node: Node) -> None:
     assert node.wait(urgent) == {"COMPLETED"}
     node.wait(low, until={"RUNNING"})
     assert eventually(lambda: "begun 1" in (node.shared / "preempted_0.out").read_text())
-    assert (node.shared / "preempted_0.out").read_text().splitlines() == ["begun 0", "asked", "begun 1"]
+    said = (node.shared / "preempted_0.out").read_text().splitlines()
+    # slurmstepd may complain that a process has ended before its signal came.
+    assert [line for line in said if not line.startswith("slurmstepd-")] == ["begun 0", "asked", "begun 1"]
     node.run(["scancel", low])
     node.wait(low)
 

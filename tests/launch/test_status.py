@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
+import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -266,9 +273,6 @@ def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
 
 
 def test_watch_is_left_with_ctrl_c(workspace: Workspace) -> None:
-    import signal
-    import sys
-
     note(workspace, HERE)
     command = [sys.executable, "-m", "cmrhpc.cli", "status", str(workspace.root), "--watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -280,6 +284,28 @@ def test_watch_is_left_with_ctrl_c(workspace: Workspace) -> None:
         said = process.stderr.read()
         assert said.startswith("interrupted")
         assert len(said.splitlines()) == 1
+
+
+def test_watch_on_a_terminal_draws_over_what_it_drew(workspace: Workspace) -> None:
+    """Within the screen and without clearing it first, so that nothing scrolls or flickers."""
+    note(workspace, HERE)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 6, 50, 0, 0))
+    command = [sys.executable, "-m", "cmrhpc.cli", "status", str(workspace.root), "--watch"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        said = ""
+        while "\033[J" not in said:
+            said += os.read(ours, 10000).decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    os.close(ours)
+    frame = said.partition("\033[J")[0].removeprefix("\033[H").split("\033[K\r\n")[:-1]
+    assert [line.split(" ")[0] for line in frame[:4]] == ["stage", "ingest", "synthesize", "refine"]
+    assert len(frame) == 5
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", frame[4])
+    assert all(len(line) < 50 for line in frame)
 
 
 def test_watch_and_json_do_not_go_together(workspace: Workspace) -> None:
