@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from cmrhpc.launch import reasons, records, slurm
 from cmrhpc.launch.records import Record
@@ -157,6 +158,11 @@ class _Jobs:
             now = self.elements.get(key)
             self.elements[key] = element if now is None else _merged(now, element)
 
+    @cached_property
+    def live_jobs(self) -> set[str]:
+        """Jobs of which something has not ended."""
+        return {key.partition("_")[0] for key, element in self.elements.items() if not element.ended}
+
     def just_ended(self, states: dict[str, list[State]]) -> bool:
         """Whether a job of an unfinished task has ended well, so that its shard came while we asked."""
         unfinished = [state for some in states.values() for state in some if not state.done]
@@ -218,7 +224,8 @@ class _Jobs:
                 where = f"starting {where}"
             word = "" if element.state == "RUNNING" else f" ({element.state.lower()})"
             return TaskStatus(state, RUNNING, f"{where.strip()}{word}", log, key)
-        reason = reasons.why_waiting(element, submission.depends_on if submission else ())
+        after = tuple(job for job in submission.depends_on if job in self.live_jobs) if submission else ()
+        reason = reasons.why_waiting(element, after)
         back = reasons.how_requeued(element.before)
         if mine and mine.state == records.STOPPED:
             back = f"checkpointed, {back}" if back else "checkpointed and requeued"

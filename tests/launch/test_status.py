@@ -45,7 +45,7 @@ def judged(workspace: Workspace, index: int = 1) -> TaskStatus:
 
 
 SUBMITTED = Submission(
-    "40", STAGE, ((0,), (1,), (2, 3)), time.time() - 50, time_limit_s=7200, gpus=1, depends_on=("39",)
+    "40", STAGE, ((0,), (1,), (2, 3)), time.time() - 50, time_limit_s=7200, gpus=1, depends_on=("38", "39")
 )
 
 
@@ -108,7 +108,8 @@ def test_states(
     write_submission(workspace, SUBMITTED)
     if state:
         note(workspace, replace(FAR, state=state, reason="the reason of the record\nand more"))
-    program("squeue", f"echo '40_1|{queue}|/|cmrhpc|(null)'" if queue else "exit 0")
+    others = "echo '38|COMPLETED|None|n1|/|x|(null)'; echo '39_0|RUNNING|None|n1|/|x|(null)'"
+    program("squeue", f"{others}; echo '40_1|{queue}|/|cmrhpc|(null)'" if queue else "exit 0")
     # Where accounting says nothing, it may as well be off.
     for accounting in [f"echo '40_1|{sacct}'"] if sacct else ["exit 0", OFF]:
         program("sacct", accounting)
