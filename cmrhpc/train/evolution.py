@@ -2,7 +2,8 @@
 
 All offspring come from one parent, so one noise draw and one forward pass through G serve every mutation. When D does
 not mix samples, the mutations' gradients at the images differ by one factor per sample only, and D's backward pass is
-done once. The real half of the fitness F_d is the same for all offspring and computed once. On the CPU the passes run
+done once; when G does not either, so do those at its activations, and only its weight gradients are left per
+mutation. The real half of the fitness F_d is the same for all offspring and computed once. On the CPU the passes run
 side by side, each on one thread, and those of networks that do not mix samples in pieces of a batch: all losses are
 means over samples, so that their gradients add up. `plain.py` is the same algorithm written out line by line, and the
 tests hold one against the other.
@@ -23,6 +24,7 @@ from cmrhpc.nets.spectral import spectral_layers
 from cmrhpc.train import losses
 from cmrhpc.train.diffaugment import Views, augment
 from cmrhpc.train.flat import Flat, adam_children, adam_step
+from cmrhpc.train.taps import Taps
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 
 
@@ -109,10 +111,10 @@ class Evolution:
         self.learning_rate, self.betas, self.fast = learning_rate, betas, fast
         self.step = 0  # generations done
         self.d_steps = 0  # discriminator updates done
-        self.d_mixes = getattr(discriminator, "mixes_samples", True)
         self.workers = Workers(generator, workers if keep_no_state(generator) and keep_no_state(discriminator) else 1)
-        mixes = self.d_mixes or getattr(generator, "mixes_samples", True)
-        self.pieces = 1 if mixes else self.workers.count
+        self.d_mixes = getattr(discriminator, "mixes_samples", True)
+        self.mixes = self.d_mixes or getattr(generator, "mixes_samples", True)
+        self.pieces = 1 if self.mixes else self.workers.count
         self.g, self.d = self.workers.seats[0].flat, Flat(discriminator)
         # One row per parent. At the start all parents are equal, and one is enough.
         self.parents = self.g.vector.clone()[None]
@@ -243,16 +245,40 @@ class Evolution:
         seat.hold(self.parents[parent], self.buffers[parent])
         noise = draws.training_noise[k]
         label = None if draws.training_label is None else draws.training_label[k, span]
-        images, _ = self._run(seat.module, noise[span], label)
         view = None if draws.views is None else draws.views.training[span]
-        values, upstream = self._image_gradients(images.detach(), label, mutations, view)
-        share = len(images) / len(noise)
-        gradients = []
-        for m, slope in enumerate(upstream):
-            keep = m < len(mutations) - 1
-            parts = torch.autograd.grad(images, seat.flat.parameters, slope * share, retain_graph=keep)
-            gradients.append(seat.flat.pack(parts))
+        share = len(noise[span]) / len(noise)
+        if not self.mixes and label is None and len(mutations) > 1:
+            values, gradients = self._together(seat, noise[span], mutations, share, view)
+        else:
+            images, _ = self._run(seat.module, noise[span], label)
+            values, upstream = self._image_gradients(images.detach(), label, mutations, view)
+            gradients = []
+            for m, slope in enumerate(upstream):
+                keep = m < len(mutations) - 1
+                parts = torch.autograd.grad(images, seat.flat.parameters, slope * share, retain_graph=keep)
+                gradients.append(seat.flat.pack(parts))
         return torch.stack(values) * share, torch.stack(gradients), seat.flat.buffers.repeat(len(mutations), 1)
+
+    def _together(
+        self, seat: Seat, noise: Tensor, mutations: Sequence, share: float, view: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Losses, and gradients times `share`, of all mutations from one backward pass through D and through G.
+
+        Sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i, and so on down to the noise.
+        """
+        noise = noise.detach().requires_grad_()
+        taps = Taps(len(noise))
+        with taps:
+            images, _ = self._run(seat.module, noise)
+        seen = images.detach().requires_grad_()
+        with frozen_statistics(self.discriminator):
+            logit, _ = self._judge(seen, view)
+        (slope,) = torch.autograd.grad(logit.sum(), seen)
+        leaf = logit.detach().requires_grad_()
+        values = [mutation(leaf) for mutation in mutations]
+        factors = torch.stack([torch.autograd.grad(value, leaf)[0] for value in values]) * share
+        gradients = taps.gradients(images, noise, slope, factors, seat.flat.parameters)
+        return [value.detach() for value in values], [seat.flat.pack(parts) for parts in gradients]
 
     def _image_gradients(
         self, images: Tensor, label: Tensor | None, mutations: Sequence, view: Tensor | None = None

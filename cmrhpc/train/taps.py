@@ -1,0 +1,220 @@
+"""Gradients of several losses at a network's weights from one backward pass through its activations.
+
+Where a network does not mix the samples of a batch, and the losses' gradients at its output differ by a factor per
+sample only, they differ by the same factors at every activation. So the activations' gradients are computed once, and
+each loss costs its weight gradients alone. `Taps` is a mode: while it is on, convolutions, linear layers and group
+norms whose first axis is the batch keep what their weight gradients need. Weights that are used in any other way get
+their gradients by the usual way, and both are added, so that the sum is right for every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class _Tap:
+    """One use of weights: (x, gradient at the result) -> weight gradients for factors (M, N), first axis M."""
+
+    weights: list[Tensor]  # with their history: a weight may itself be computed from parameters
+    gradients: Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+    kept: tuple[Tensor, Tensor] | None = None
+
+
+class Taps(TorchFunctionMode):
+    """Use: `with taps: y = network(x)`, x requiring a gradient; then `gradients`, once. batch: N."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch = batch
+        self.taps: list[_Tap] = []
+        self.open = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = _RULES.get(func)
+        x = args[0] if args else None
+        if rule and isinstance(x, Tensor) and x.requires_grad and x.shape[0] == self.batch:
+            made = rule(self, *args, **(kwargs or {}))
+            if made is not None:
+                return made
+        return func(*args, **(kwargs or {}))
+
+    def gradients(
+        self, y: Tensor, x: Tensor, slope: Tensor, factors: Tensor, parameters: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """For each row of factors (M, N): the gradients at `parameters` when that at y is factors[m] * slope."""
+        torch.autograd.grad(y, x, slope, retain_graph=True)
+        self.open = False  # a later pass through the taps carries other slopes
+        weights: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for tap in self.taps:
+            if tap.kept is not None:
+                weights += tap.weights
+                with torch.no_grad():
+                    slopes += tap.gradients(*tap.kept, factors)
+                tap.kept = None
+        found = []
+        for m, factor in enumerate(factors):
+            more: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+            tapped = torch.autograd.grad(weights, parameters, [s[m] for s in slopes], **more)
+            scaled = slope * factor.to(slope.dtype).view(-1, *[1] * (slope.dim() - 1))
+            others = torch.autograd.grad(y, parameters, scaled, **more)
+            found.append([_sum(a, b, p) for a, b, p in zip(tapped, others, parameters, strict=True)])
+        return found
+
+
+def _sum(a: Tensor | None, b: Tensor | None, parameter: Tensor) -> Tensor:
+    if a is None or b is None:
+        left = a if b is None else b
+        return torch.zeros_like(parameter) if left is None else left
+    return a + b
+
+
+class _Tapped(torch.autograd.Function):
+    """The operation with its gradient at x alone; what the weights need goes to the tap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Taps, tap: _Tap, run: Callable[[Tensor], Any], back: Callable) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.rest = taps, tap, back
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        taps, tap, back = ctx.rest
+        if taps.open:
+            tap.kept = (x, slope)
+        return back(x, slope), None, None, None, None
+
+
+def _working(x: Tensor, *weights: Tensor | None) -> list[Any]:
+    """All in the format that autocast would give them."""
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+        return [None if t is None else t.to(kind) for t in (x, *weights)]
+    return [x, *weights]
+
+
+def _apply(taps: Taps, x: Tensor, tap: _Tap, run: Callable, back: Callable) -> Tensor:
+    tap.weights = [w for w in tap.weights if w is not None]
+    taps.taps.append(tap)
+    return _Tapped.apply(x, taps, tap, run, back)
+
+
+def _convolution(
+    taps: Taps, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, transposed: bool
+) -> Tensor | None:
+    if isinstance(padding, str) or x.dim() != 4 or not weight.requires_grad:
+        return None
+    stride, padding = (list(v) if isinstance(v, tuple | list) else [v, v] for v in (stride, padding))
+    x, weight, bias = _working(x, weight, bias)
+    fixed = (stride, padding, [1, 1], transposed, [0, 0], 1)
+    plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
+
+    def back(x: Tensor, slope: Tensor, weight: Tensor = plain, which: int = 0) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        return torch.ops.aten.convolution_backward(slope, x, weight, None, *fixed, mask)[which]
+
+    def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
+        """The factors go to the smaller tensor, side by side as further channels of it: one call for all losses."""
+        count, factors = len(factors), factors.to(x.dtype)
+        of_x = x.numel() < slope.numel()
+        shape = list(weight.shape)
+        axis = (0 if transposed else 1) if of_x else (1 if transposed else 0)
+        shape[axis] *= count
+        model = plain.new_empty(shape)
+        if not plain.is_contiguous():
+            model = model.contiguous(memory_format=torch.channels_last)
+        pair = (_side_by_side(x, factors), slope) if of_x else (x, _side_by_side(slope, factors))
+        found = [back(*pair, model, 1).unflatten(axis, (count, -1)).movedim(axis, 0)]
+        return found if bias is None else [*found, factors @ slope.sum((2, 3))]
+
+    tap = _Tap([weight, bias], gradients)
+    return _apply(taps, x, tap, lambda x: torch.convolution(x, plain, plain_bias, *fixed), back)
+
+
+def _side_by_side(x: Tensor, factors: Tensor) -> Tensor:
+    """(N, C, H, W), (M, N) -> (N, M * C, H, W) in channels-last: x times each factor."""
+    scaled = x.permute(0, 2, 3, 1).unsqueeze(3) * factors.t()[:, None, None, :, None]
+    return scaled.flatten(3, 4).permute(0, 3, 1, 2)
+
+
+def _conv2d(
+    taps: Taps, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:  # fmt: skip
+    if groups != 1 or dilation not in (1, (1, 1), [1, 1]):
+        return None
+    return _convolution(taps, x, weight, bias, stride, padding, False)
+
+
+def _conv_transpose2d(
+    taps: Taps, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> Tensor | None:  # fmt: skip
+    if groups != 1 or dilation not in (1, (1, 1), [1, 1]) or output_padding not in (0, (0, 0), [0, 0]):
+        return None
+    return _convolution(taps, x, weight, bias, stride, padding, True)
+
+
+def _linear(taps: Taps, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if x.dim() != 2 or not weight.requires_grad:
+        return None
+    x, weight, bias = _working(x, weight, bias)
+    plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
+
+    def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
+        factors = factors.to(x.dtype)
+        scaled = factors.unsqueeze(2) * x  # (M, N, in)
+        found = [slope.t() @ scaled]
+        return found if bias is None else [*found, factors @ slope]
+
+    tap = _Tap([weight, bias], gradients)
+    return _apply(taps, x, tap, lambda x: F.linear(x, plain, plain_bias), lambda x, slope: slope @ plain)
+
+
+def _group_norm(
+    taps: Taps, x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
+    if weight is None or bias is None or x.dim() != 4 or not (weight.requires_grad and bias.requires_grad):
+        return None
+    n, c, height, width = x.shape
+    sizes = (n, c, height * width, groups)
+    plain, plain_bias = weight.detach(), bias.detach()
+    moments: list[Tensor] = []
+
+    def run(x: Tensor) -> Tensor:
+        y, *moments[:] = torch.ops.aten.native_group_norm(x, plain, plain_bias, *sizes, eps)
+        return y
+
+    def back(x: Tensor, slope: Tensor) -> Tensor:
+        mask = [True, False, False]
+        return torch.ops.aten.native_group_norm_backward(slope, x, *moments, plain, *sizes, mask)[0]
+
+    def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
+        """Of every sample and channel first, then the factors: weight's is the sum of slope times normalised x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, scale = (m.to(wide).repeat_interleave(c // groups, dim=1) for m in moments)  # (N, C)
+        slopes = slope.sum((2, 3), dtype=wide)
+        products = (slope.to(wide) * x).sum((2, 3))
+        factors = factors.to(wide)
+        found = factors @ ((products - mean * slopes) * scale), factors @ slopes
+        return [f.to(weight.dtype) for f in found]
+
+    return _apply(taps, x, _Tap([weight, bias], gradients), run, back)
+
+
+_RULES: dict[Any, Callable[..., Tensor | None]] = {
+    F.conv2d: _conv2d,
+    F.conv_transpose2d: _conv_transpose2d,
+    F.linear: _linear,
+    F.group_norm: _group_norm,
+}
