@@ -56,7 +56,7 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
         asked = own_parameters(workspace, array, token, depends_on)
         if profile:
             asked = parameters(workspace, array, profile, token, depends_on)
-        with _changed(executor, asked):
+        with _changed(executor, over(executor.parameters, asked)):
             minutes = executor.parameters.get("time", 5)
             note = Submission(
                 job="",
@@ -88,7 +88,8 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
             missing["aggregate"] = list(states["aggregate"])
         for array in plan_arrays(missing, profile):
             variables = settings(workspace, profile, array.stage)
-            with _changed(executor, {"timeout_min": array.ask.seconds / 60}, only_new=True):
+            limit = {"timeout_min": array.ask.seconds / 60}  # LocalExecutor's own is two minutes
+            with _changed(executor, limit | executor.parameters):
                 for i in range(0, len(array.elements), at_once):
                     ours.renew()
                     part = [list(element) for element in array.elements[i : i + at_once]]
@@ -103,14 +104,22 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
 
 
 @contextmanager
-def _changed(executor: Any, parameters: Mapping[str, Any], only_new: bool = False) -> Iterator[None]:
-    """The user's executor with other parameters for a while; further words for sbatch are kept."""
+def _changed(executor: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """The user's executor with other parameters for a while."""
     before = dict(executor.parameters)
-    more = dict(before.get("additional_parameters") or {}) | dict(parameters.get("additional_parameters") or {})
-    new = {name: value for name, value in parameters.items() if not (only_new and name in before)}
     try:
-        executor.parameters.update(new | ({"additional_parameters": more} if more else {}))
+        executor.parameters.update(parameters)
         yield
     finally:
         executor.parameters.clear()
         executor.parameters.update(before)
+
+
+def over(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for, over what the user's executor says: nothing that is not asked for takes anything away."""
+    made = dict(before) | {name: value for name, value in asked.items() if value is not None or name not in before}
+    for name in ("setup", "srun_args"):
+        if name in asked:
+            made[name] = [*(before.get(name) or ()), *asked[name]]
+    made["additional_parameters"] = {**(before.get("additional_parameters") or {}), **asked["additional_parameters"]}
+    return made | {"dependency": asked["dependency"]}

@@ -180,7 +180,8 @@ def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs:
     try:
         return send_with(workspace, asked, executor, settings(workspace, profile, array.stage))
     except CmrhpcError:
-        shutil.rmtree(place, ignore_errors=True)
+        if not asked_path(workspace, asked.name).exists():  # else it was sent, and could not be noted
+            shutil.rmtree(place, ignore_errors=True)
         raise
 
 

@@ -141,7 +141,8 @@ def more_for_what_lacked_it(
     wanted = {(stage, s.index) for stage, found in missing.items() for s in found}
     tried = [s for s in queue.submissions if any((s.stage, i) in wanted for e in s.elements for i in e)]
     # What slurmctld still remembers serves where accounting is off.
-    told = {key: e for key, e in queue.elements.items() if e.ended} | (slurm.accounting({s.job for s in tried}) or {})
+    told = queue.elements | (slurm.accounting({s.job for s in tried}) or {})
+    told |= {key: element for key, element in queue.elements.items() if element.ended}  # accounting may lag behind
     most_time = time_seconds(profile.slurm.max_time) if profile.slurm.max_time else math.inf
     most_memory = memory_mb(profile.slurm.max_memory) if profile.slurm.max_memory else math.inf
     more: dict[tuple[str, int], tuple[int, int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -28,15 +29,15 @@ def submit(root: str, profile_name: str, dry: bool, yes: bool, json_wanted: bool
     proposal = propose(workspace, profile, ask_queue(workspace), limits)
     if dry:
         return _dry_run(workspace, profile, proposal, json_wanted)
-    if proposal.arrays and not slurm.installed():
+    if proposal.arrays and not all(map(shutil.which, ("squeue", "sbatch", "srun"))):
         mend = "go to a login node; --dry-run shows the files here too, `cmrhpc run` needs no Slurm"
-        raise BadInput("Slurm is not installed here", "sbatch", mend)
+        raise BadInput("Slurm is not installed here", "squeue, sbatch, srun", mend)
     for stage in {array.stage for array in proposal.arrays}:
         settings(workspace, profile, stage)  # what is wrong with the image is said before anything is asked
     if not json_wanted:
         _show(proposal)
     if proposal.arrays and not yes and not _agreed(proposal):
-        print("nothing was sent")
+        print("nothing was sent", file=sys.stderr)
         return 0
     token, sent = secrets.token_hex(4), []
 
@@ -68,7 +69,8 @@ def _agreed(proposal: Proposal) -> bool:
     if not sys.stdin.isatty():
         mend = "--yes sends without asking, --dry-run shows what would be sent"
         raise UsageError("nobody to ask: this is no terminal", "cmrhpc submit", mend)
-    return input(f"send {proposal.tasks} tasks? [y/N] ").strip().lower() in ("y", "yes")
+    print(f"send {proposal.tasks} tasks? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _dry_run(workspace: Workspace, profile: Profile, proposal: Proposal, json_wanted: bool) -> int:

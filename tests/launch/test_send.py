@@ -14,7 +14,8 @@ import pytest
 
 from cmrhpc.errors import BadInput
 from cmrhpc.launch.arrays import Array, Ask
-from cmrhpc.launch.send import dependency, script, settings
+from cmrhpc.launch.executors import over
+from cmrhpc.launch.send import dependency, own_parameters, parameters, script, settings
 from cmrhpc.profile import Profile, parse_profile
 from cmrhpc.workspace import Workspace
 
@@ -115,3 +116,14 @@ def test_synthesize_sees_external_images_that_lie_elsewhere(tmp_path: Path, stud
     workspace = Workspace(tmp_path / "ws")
     assert settings(workspace, with_image(tmp_path), "synthesize")["APPTAINER_BIND"] == f"{tmp_path}/made"
     assert "APPTAINER_BIND" not in settings(workspace, with_image(tmp_path), "classify")
+
+
+def test_a_profile_takes_nothing_from_the_users_own_executor(workspace: Workspace) -> None:
+    own = {"partition": "mine", "setup": ["module load x"], "additional_parameters": {"exclusive": True}, "time": 5}
+    asked = parameters(workspace, ARRAYS["classify"][1], parse_profile(""), "0a1b2c3d", "afterany:12")
+    made = over(own, asked)
+    assert (made["partition"], made["time"], made["dependency"]) == ("mine", 360, "afterany:12")
+    assert made["setup"] == ["module load x", "umask 007"]
+    assert made["additional_parameters"] == {"exclusive": True, "requeue": True, "kill-on-invalid-dep": "yes"}
+    first = own_parameters(workspace, ARRAYS["ingest"][1], "0a1b2c3d", None)
+    assert over(made, first)["dependency"] is None
