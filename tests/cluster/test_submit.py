@@ -162,36 +162,54 @@ def test_from_python_with_the_users_own_executor(login_node: Node, study: str, l
     assert node.run(["cmrhpc", "verify", "python"], env=login.HERE).stdout.splitlines()[-1] == local_digest
 
 
-def test_asked_to_stop_a_task_is_put_back_and_goes_on(login_node: Node, study: str, local_digest: str) -> None:
-    """USR2 to the element's step, as Slurm sends it before the time limit and at preemption."""
+def test_stopped_preempted_and_lost_a_task_goes_on(login_node: Node, study: str) -> None:
+    """USR2 to the element's step (as before the time limit), a partition that preempts, and a node that is lost."""
     node = login_node
     make_study(node, "stopped")
-    text = (node.shared / "stopped/study.toml").read_text().replace("generations = 4", "generations = 600")
+    text = (node.shared / "stopped/study.toml").read_text().replace("generations = 4", "generations = 1500")
     (node.shared / "stopped/study.toml").write_text(text)
     node.run(f"cp -a {study}/cohort.* {study}/folds.h5 stopped/")
     code, told, _ = submit(node, "stopped", "--yes")
     assert code == 0
-    job = next(array["job"] for array in told["arrays"] if array["name"] == "synthesize-r0f0")
-    log = node.shared / "stopped/submissions/submitit"
-    record = node.shared / "stopped/logs/synthesize_0.json"
-    end = time.monotonic() + 300
-    while not record.exists() and time.monotonic() < end:
-        time.sleep(0.2)
-    time.sleep(5)
-    node.run(["scancel", "--signal=USR2", f"{job}_0"])
-    while "Restarts=1" not in node.run(["scontrol", "show", "job", f"{job}_0"]).stdout and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "Restarts=1" in node.run(["scontrol", "show", "job", f"{job}_0"]).stdout
-    assert json.loads(record.read_text())["state"] == "stopped"
+    jobs = {array["name"]: array["job"] for array in told["arrays"]}
+    element = f"{jobs['synthesize-r0f0']}_0"
+    node.run(["scancel", *(job for name, job in jobs.items() if name != "synthesize-r0f0")])
+    node.run(["scancel", f"{jobs['synthesize-r0f0']}_1"])
+
+    def at_work(since: float) -> float:
+        """Waits until the task has started after that time; when it did."""
+        record = node.shared / "stopped/logs/synthesize_0.json"
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            state = json.loads(record.read_text()) if record.exists() else {"state": "", "time": 0}
+            if state["state"] == "running" and state["time"] > since:
+                time.sleep(4)
+                return float(state["time"])
+            time.sleep(0.2)
+        raise TimeoutError(node.run(["scontrol", "show", "job", element]).stdout)
+
+    begun = at_work(0)
+    node.run(["scancel", "--signal=USR2", element])
+    begun = at_work(begun)
     assert list((node.shared / "stopped/checkpoints").rglob("step*"))
-    assert submit(node, "stopped", "--yes")[1]["arrays"] == []  # it is queued: nothing is sent
-    others = [array["job"] for array in told["arrays"] if array["job"] != job]
-    node.run(["scancel", *others, f"{job}_1"])
-    assert node.wait(job, timeout=900) <= {"COMPLETED", "CANCELLED"}
-    assert node.states(job)[f"{job}_0"] == "COMPLETED"
-    said = (node.shared / "stopped/logs/synthesize_0.log").read_text()
-    assert "done in" in said
-    assert not list(log.rglob("*.save_tmp"))
+    sent = submit(node, "stopped", "--dry-run")[1]["arrays"]
+    assert ("synthesize", [0]) not in [(a["stage"], e) for a in sent for e in a["elements"]]  # it is queued
+
+    urgent = node.submit("true", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    assert node.wait(urgent) == {"COMPLETED"}
+    begun = at_work(begun)
+
+    place = re.search(r"\sNodeList=(n\d)", node.run(["scontrol", "show", "job", element]).stdout)
+    assert place
+    node.fail(place[1])
+    begun = at_work(begun)
+    node.recover(place[1])
+    shown = node.run(["scontrol", "show", "job", element]).stdout
+    assert "Restarts=3" in shown, shown
+    node.wait(jobs["synthesize-r0f0"], timeout=900)
+    assert node.states(jobs["synthesize-r0f0"])[element] == "COMPLETED"
+    assert "done in" in (node.shared / "stopped/logs/synthesize_0.log").read_text()
+    assert not list((node.shared / "stopped/submissions").rglob("*.save_tmp"))
 
 
 # ------------------------------------------------------------------------------------------------ without
