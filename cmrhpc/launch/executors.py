@@ -15,7 +15,7 @@ from cmrhpc.launch.arrays import Array, plan_arrays
 from cmrhpc.launch.element import run_element
 from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings
 from cmrhpc.launch.submissions import Submission
-from cmrhpc.launch.submit import submit_all
+from cmrhpc.launch.submit import claim_folder, submit_all
 from cmrhpc.plan import STAGES
 from cmrhpc.profile import Profile, load_profile, parse_profile
 from cmrhpc.workspace import Workspace
@@ -81,7 +81,7 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = max(1, cores // workspace.study.compute.threads)
     found: list[Job[str]] = []
-    with claim.hold(workspace.root / "submissions" / "claim") as ours:
+    with claim.hold(claim_folder(workspace)) as ours:
         states = workspace.states()
         missing = {stage: [s for s in states[stage] if not s.done] for stage in STAGES}
         if any(missing[stage] for stage in STAGES if stage != "aggregate"):

@@ -14,6 +14,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmrhpc.errors import BadInput, Incomplete
@@ -56,9 +57,16 @@ class Queue:
     tasks: dict[tuple[str, int], str]
 
 
-def ask_queue(workspace: Workspace) -> Queue:
-    """Which tasks are waiting or running. Raises Incomplete when Slurm does not answer: then nothing is known."""
-    _adopt(workspace)
+def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
+    """Which tasks are waiting or running. Raises Incomplete when Slurm does not answer: then nothing is known.
+
+    claimed: this process holds the claim; otherwise what a killed submission left is noted if nobody holds it.
+    """
+    if claimed:
+        _adopt(workspace)
+    elif _left_over(workspace):
+        with contextlib.suppress(Incomplete), claim.hold(claim_folder(workspace)):
+            _adopt(workspace)
     submissions = read_submissions(workspace)
     elements = slurm.queue({s.job for s in submissions})
     if elements is None:
@@ -81,11 +89,19 @@ def _silent() -> Incomplete:
     return Incomplete("Slurm does not answer", "squeue", mend)
 
 
+def claim_folder(workspace: Workspace) -> Path:
+    return workspace.root / "submissions" / "claim"
+
+
+def _left_over(workspace: Workspace) -> dict[str, Path]:
+    """Name of a job -> what was asked for, where nothing says that Slurm has answered."""
+    folder = asked_path(workspace, "x").parent
+    return {path.stem: path for path in folder.glob("*.json")} if folder.is_dir() else {}
+
+
 def _adopt(workspace: Workspace) -> None:
     """Record the jobs of a submission that was killed after sbatch took them and before that was noted."""
-    folder = asked_path(workspace, "x").parent
-    notes = {path.stem: path for path in folder.glob("*.json")} if folder.is_dir() else {}
-    if not notes:
+    if not (notes := _left_over(workspace)):
         return
     shape = ["squeue", "--noheader", "--states=all", f"--name={','.join(notes)}", "--format=%F|%j"]
     answer = slurm.ask(shape)
@@ -201,8 +217,8 @@ def submit_all(
     Raises Incomplete when another submission is at work, when the queue is no longer as `shown`, or when the cluster
     takes no more; what was sent by then stays sent.
     """
-    with claim.hold(workspace.root / "submissions" / "claim") as ours:
-        now = propose(workspace, profile, ask_queue(workspace), limits)
+    with claim.hold(claim_folder(workspace)) as ours:
+        now = propose(workspace, profile, ask_queue(workspace, claimed=True), limits)
         if shown and now.arrays != shown.arrays:
             raise Incomplete("the queue or the results changed meanwhile", str(workspace.root), "run the command again")
         sent: list[tuple[Array, list[Job[str]]]] = []
