@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from cmrhpc.errors import BadInput
 from cmrhpc.findings import Finding, finding
 from cmrhpc.launch import slurm
 from cmrhpc.launch.slurm import Partition
+from cmrhpc.plan import STAGES
 
 if TYPE_CHECKING:
     from cmrhpc.profile import Profile
@@ -83,14 +85,42 @@ def _partitions(partitions: list[Partition], profile: Profile | None) -> list[Fi
         default = " (default)" if partition.default else ""
         what = f"partition {partition.name}{default}: {partition.nodes} nodes, {gpus}, at most {partition.time_limit}"
         found.append(finding(partition.up, what if partition.up else f"{what}, is down", "use another for now"))
-    names = [partition.name for partition in partitions]
-    if profile and profile.slurm.partition:
-        for name in profile.slurm.partition.split(","):
-            if name not in names:
-                mend = f"name one of {', '.join(names)} in the profile" if names else "ask the administrator"
-                found.append(finding(False, f"profile {profile.name}: there is no partition {name}", mend))
+    if profile:
+        found += _asked_for(partitions, profile)
     if partitions and not any(kind.startswith("gpu") for partition in partitions for kind in partition.gres):
         found.append(finding(False, "no partition has GPUs", "tasks compute on CPUs: leave gres empty in the profile"))
+    return found
+
+
+def _asked_for(partitions: list[Partition], profile: Profile) -> list[Finding]:
+    """What the profile asks for and its partitions do not have; nothing where they have all of it."""
+    from cmrhpc.profile import time_seconds
+
+    found = []
+    known = {partition.name: partition for partition in partitions}
+    default = [partition.name for partition in partitions if partition.default]
+    names = profile.slurm.partition.split(",") if profile.slurm.partition else default
+    who = f"profile {profile.name}"
+    for name in [name for name in names if name not in known]:
+        mend = f"name one of {', '.join(known)} in the profile" if known else "ask the administrator"
+        found.append(finding(False, f"{who}: there is no partition {name}", mend))
+    for partition in [known[name] for name in names if name in known]:
+        most = math.inf
+        with contextlib.suppress(BadInput):  # "infinite"
+            most = time_seconds(partition.time_limit)
+        kinds = {kind.split(":")[1] for kind in partition.gres if kind.count(":") > 1}
+        for stage in STAGES:
+            ask = profile.resources(stage)
+            if ask.seconds > most:
+                what = f"{who}: {stage} asks for {ask.time}, partition {partition.name} gives {partition.time_limit}"
+                found.append(
+                    finding(False, what, "ask for less: a task that runs out of time goes on from its checkpoint")
+                )
+            kind = ask.gres.split(":")[1] if ask.gres.count(":") and not ask.gres.split(":")[1].isdigit() else ""
+            if kind and kinds and kind not in kinds:
+                here = ", ".join(sorted(kinds))
+                what = f"{who}: {stage} asks for GPU type {kind}, partition {partition.name} has {here}"
+                found.append(finding(False, what, "name a type that is there, or none: gpu:1"))
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 from cmrhpc.cli import main
 from cmrhpc.findings import Finding
 from cmrhpc.launch import cluster
+from cmrhpc.profile import load_profile
 from tests.launch.conftest import Put
 
 
@@ -54,6 +55,22 @@ def test_partitions_accounting_and_clock(program: Put) -> None:
     assert not found(findings, "partition long (default): 3 nodes, no GPUs, at most 7-00:00:00, is down")["ok"]
     assert "leave gres empty" in found(findings, "no partition has GPUs")["mend"]
     assert found(findings, "arrays of ? tasks at most, no submit limit found")["ok"]
+
+
+def test_profile_that_asks_for_what_is_not_there(program: Put, tmp_path: Path) -> None:
+    program("sinfo", "[ $1 = --version ] && echo slurm 23.02.7 || echo 'short*|up|4:00:00|3|gpu:a100:4'")
+    program("scontrol", "echo Configuration data as of 1000")
+    path = tmp_path / "here.toml"
+    path.write_text('[stages.refine]\ngres = "gpu:v100:1"\ntime = "04:00:00"\n[stages.classify]\ntime = "20:00"\n')
+    wrong = [finding["what"] for finding in cluster.slurm_findings(load_profile(path)) if "profile" in finding["what"]]
+    assert wrong == [
+        "profile here: synthesize asks for 12:00:00, partition short gives 4:00:00",
+        "profile here: refine asks for GPU type v100, partition short has a100",
+    ]
+    path.write_text('[slurm]\npartition = "long"')
+    assert found(cluster.slurm_findings(load_profile(path)), "there is no partition long")["mend"].startswith(
+        "name one"
+    )
 
 
 def test_image_and_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
