@@ -77,6 +77,23 @@ def test_jobs_take_tasks_in_order() -> None:
     assert predict.schedule([2.0, 2.0], 1) == 4.0
 
 
+def test_operations_of_a_generation_are_counted() -> None:
+    import torch
+
+    from cmrhpc.bench import training
+    from cmrhpc.nets.dae_gan import residual_pair
+    from cmrhpc.train.evolution import Evolution
+    from tests.train import small
+
+    conv, x = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8)
+    with training._Operations() as counter:
+        conv(x).sum().backward()
+    assert counter.total == 2 * (2 * 2 * 5 * 8 * 8 * 3 * 3 * 3)  # forward and the weights' gradient
+    g, d = residual_pair(16, 1, 5, 4, torch.Generator().manual_seed(0))
+    draws = small.draws(torch.Generator().manual_seed(1), dtype=torch.float32, mixup=True, passes=1)
+    assert training._flops(Evolution(g, d, workers=1), draws) > 10**6
+
+
 @pytest.mark.slow
 def test_real_steps_of_every_kind_of_task_are_measured() -> None:
     study = made.study(arms="none dae-gan:3 dae-gan+simgan:1", k=2, repeats=1)

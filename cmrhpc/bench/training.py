@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import flop_registry
 
 from cmrhpc.bench.timing import interleaved, medians, ratio
 from cmrhpc.nets.classifiers import build_classifier
@@ -125,13 +127,24 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
     }
 
 
-def _flops(evolution: Evolution, draws: Draws) -> int:
-    """Floating-point operations of the convolutions and matrix products of our own step."""
-    from torch.utils.flop_counter import FlopCounterMode
+class _Operations(TorchDispatchMode):
+    """Counts the floating-point operations of convolutions and matrix products while it is on."""
 
-    with FlopCounterMode(display=False) as counter:
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _flops(evolution: Evolution, draws: Draws) -> int:
+    """Operations of our own step, which has one worker: the mode sees its own thread only."""
+    with _Operations() as counter:
         evolution.generation(draws)
-    return counter.get_total_flops()
+    return counter.total
 
 
 def classifier(network: str, rounds: int, threads: int, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.files import atomic_write
 
 SUFFIX = ".checkpoint"
-FORMAT = 1  # raised whenever a trainer goes on in another way from the same tensors
+FORMAT = 2  # raised whenever a trainer goes on in another way from the same tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
