@@ -17,6 +17,7 @@ from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.nets.spectral import add_spectral_norm
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Affine, Compute, Generator
+from cmrhpc.train import losses
 from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import setup_compute
@@ -28,6 +29,7 @@ from cmrhpc.train.log import json_safe
 GRID = 64  # images of the fixed noise: grid, untrained grid, collapse check
 SAMPLING_BATCH = 64  # fixed, so that the first m of n samples are the same bits
 ONE_WINS = 0.95  # share of wins that is warned of
+BEATEN = 0.02  # mean loss of D below which it is never wrong and G has nothing to learn from
 COLLAPSED = 0.2  # of the real images' pairwise distance, below which samples have collapsed
 
 
@@ -192,7 +194,7 @@ def draw_generation(
         return torch.randint(n_classes, shape, generator=rng).to(data.device) if n_classes else None
 
     real, scoring_real = some(steps, batch), some(scoring)
-    lam = beta(settings.mixup_alpha, (steps, batch), rng).to(data.device) if settings.mixup_alpha else None
+    lam = losses.beta(settings.mixup_alpha, (steps, batch), rng).to(data.device) if settings.mixup_alpha else None
     return Draws(
         real=data[real.flatten()].unflatten(0, (steps, batch)),
         noise=noise(steps, batch),
@@ -206,14 +208,6 @@ def draw_generation(
         scoring_label=classes(scoring),
         views=Views.draw(steps, batch, scoring, rng, data.device) if settings.diffaugment else None,
     )
-
-
-def beta(alpha: float, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Beta(alpha, alpha) numbers by inversion, since torch's own sampler takes no generator."""
-    from scipy.special import betaincinv
-
-    uniform = torch.rand(shape, generator=rng, dtype=torch.float64)
-    return torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy())).float()
 
 
 def diversity(images: Tensor) -> float:
@@ -286,16 +280,18 @@ class _Run:
             "diversity": relative_diversity,
             "images_per_second": shown / seconds,
         }
-        warnings = []
-        if not finite:
-            warnings.append("a loss or fitness is not finite")
+        warnings = [] if finite else ["a loss or fitness is not finite"]
         share = max(self.wins) / max(1, sum(self.wins))
-        if kinds > 1 and self.step >= 500 and share > ONE_WINS and "wins" not in self.warned:
-            self.warned.append("wins")
-            warnings.append(f"one mutation wins nearly always ({share:.0%})")
-        if relative_diversity < COLLAPSED and self.step >= 200 and "collapse" not in self.warned:
-            self.warned.append("collapse")
-            warnings.append(f"samples collapse: pairwise distance {relative_diversity:.0%} of the real images'")
+        texts = {
+            "wins": f"one mutation wins nearly always ({share:.0%})",
+            "beaten": "D is never wrong, so that G learns nothing: lower gamma or the learning rate, or set r1",
+            "collapse": f"samples collapse: pairwise distance {relative_diversity:.0%} of the real images'",
+        }
+        seen = {"beaten": loss_d < BEATEN, "collapse": relative_diversity < COLLAPSED} if self.step >= 200 else {}
+        seen["wins"] = kinds > 1 and self.step >= 500 and share > ONE_WINS
+        news = [name for name in texts if seen.get(name) and name not in self.warned]
+        self.warned += news
+        warnings += [texts[name] for name in news]
         if warnings:
             entry["warning"] = "; ".join(warnings)
         entry = json_safe(entry)

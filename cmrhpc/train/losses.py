@@ -54,6 +54,14 @@ def mixup(real: Tensor, fake: Tensor, lam: Tensor) -> Tensor:
     return lam * real + (1 - lam) * fake
 
 
+def beta(alpha: float, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Beta(alpha, alpha) numbers by inversion, since torch's own sampler takes no generator."""
+    from scipy.special import betaincinv
+
+    uniform = torch.rand(shape, generator=rng, dtype=torch.float64)
+    return torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy())).float()
+
+
 def mixup_loss(mixed_logit: Tensor, lam: Tensor) -> Tensor:
     """BCE(D(x~), lambda) (M6, [DAE] 12)."""
     return F.binary_cross_entropy_with_logits(mixed_logit, lam)

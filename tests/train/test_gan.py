@@ -201,18 +201,20 @@ def run_of(settings: Generator) -> gan._Run:
     return gan._Run(settings, evolution, torch.Generator(), lambda entry: None)
 
 
-def test_warnings_of_one_winner_and_of_collapse() -> None:
+def test_warnings_of_one_winner_of_a_beaten_generator_and_of_collapse() -> None:
     run = run_of(TINY)
-    for step, wins, relative, expected in (
-        (100, 0, 0.05, ""),  # too early to tell
-        (600, 0, 1.0, "one mutation wins nearly always"),
-        (700, 0, 1.0, ""),  # said once
-        (800, 1, 0.1, "samples collapse"),
-        (900, 1, 0.1, ""),
+    for step, wins, relative, loss_d, expected in (
+        (100, 0, 0.05, 0.0, ""),  # too early to tell
+        (600, 0, 1.0, 0.5, "one mutation wins nearly always"),
+        (700, 0, 1.0, 0.5, ""),  # said once
+        (800, 1, 0.1, 0.5, "samples collapse"),
+        (900, 1, 0.1, 0.5, ""),
+        (950, 1, 1.0, 0.01, "D is never wrong"),
+        (960, 1, 1.0, 0.01, ""),
     ):
         run.step = step
-        outcome = gan.Outcome(torch.zeros(()), torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.tensor([wins]))
-        run.count(outcome)
+        zero = torch.zeros(3)
+        run.count(gan.Outcome(torch.tensor(loss_d), zero, zero, zero, torch.tensor([wins])))
         run.write_log(relative)
         warning = run.entries[-1].get("warning", "")
         assert expected in warning
@@ -222,7 +224,7 @@ def test_warnings_of_one_winner_and_of_collapse() -> None:
 def test_a_single_mutation_is_not_warned_of() -> None:
     run = run_of(dataclasses.replace(TINY, mutations=("heuristic",)))
     run.step = 1000
-    run.count(gan.Outcome(torch.zeros(()), torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor([0])))
+    run.count(gan.Outcome(torch.ones(()), torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor([0])))
     run.write_log(1.0)
     assert "warning" not in run.entries[-1]
 

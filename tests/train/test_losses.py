@@ -11,8 +11,9 @@ from scipy import stats
 
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.train import losses
-from cmrhpc.train.gan import beta, diversity
+from cmrhpc.train.gan import diversity
 from cmrhpc.train.latent import Latent
+from cmrhpc.train.losses import beta
 
 LOGITS = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
 OTHERS = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 3
