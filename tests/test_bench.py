@@ -62,12 +62,10 @@ def test_a_task_is_its_steps_logs_and_samples() -> None:
 
 
 def test_steps_and_log_entries_are_told_apart() -> None:
-    ticks = [100.0, 101.0, 102.0, 103.0, 104.0, 105.0, 110.0, 115.0]  # the last two with a log entry of 4 s
-    assert predict.step_costs("classify", ticks) == {"step_s": 1.0, "log_s": 4.0}
-    n = predict.STEPS
-    gaps = [50.0] + [1.0] * (n - 1) + [9.0] + [2.0] * (n - 1) + [9.0] + [5.0] * (n - 1)
-    ticks = [sum(gaps[: i + 1]) for i in range(len(gaps))]
-    told = predict.step_costs("refine", ticks)
+    ticks = [100.0, 109.0, 118.0, 119.0, 120.0, 121.0, 126.0, 131.0]  # two slow steps; two with a log entry of 4 s
+    assert predict.step_costs("classify", ticks, 8) == {"step_s": 1.0, "log_s": 4.0}
+    gaps = [50.0, *[7.0, 7.0, 1.0, 1.0, 1.0], 9.0, *[7.0, 7.0, 2.0, 2.0, 2.0], 9.0, *[7.0, 7.0, 5.0, 5.0, 5.0]]
+    told = predict.step_costs("refine", [sum(gaps[: i + 1]) for i in range(len(gaps))], 6)
     assert told == {"pretrain_refiner_s": 1.0, "pretrain_discriminator_s": 2.0, "step_s": 5.0, "log_s": 0.0}
 
 

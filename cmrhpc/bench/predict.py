@@ -27,7 +27,9 @@ from cmrhpc.profile import Profile
 from cmrhpc.study import Study
 from cmrhpc.workspace import Workspace
 
-STEPS = 8  # real steps of each kind
+STEPS, MORE_STEPS = 10, 50  # real steps of each kind; more where they are short
+SHORT = 0.25  # seconds
+WARM = 2  # steps that are slower than those that follow: memory is taken for the first time
 PAPER_IMAGES = (77, 221)  # images per class of the papers' set: what is assumed without a cohort
 
 
@@ -66,6 +68,18 @@ def measure(study: Study, kind: str, name: str, images: int, validation: int, sy
     sizes of the sets. Called in a process of its own.
     """
     begun = time.perf_counter()
+    import torchvision  # noqa: F401
+
+    imports = time.perf_counter() - begun
+    told = _measure(study, kind, name, images, validation, synthetic, STEPS)
+    if told["step_s"] < SHORT:
+        told = _measure(study, kind, name, images, validation, synthetic, MORE_STEPS)
+    return told | {"import_s": imports}
+
+
+def _measure(
+    study: Study, kind: str, name: str, images: int, validation: int, synthetic: int, steps: int
+) -> dict[str, float]:
     import torch
 
     from cmrhpc.stages.device import choose_device
@@ -75,6 +89,7 @@ def measure(study: Study, kind: str, name: str, images: int, validation: int, sy
     def made(count: int) -> torch.Tensor:
         return torch.randn(max(4, count), data.channels, data.image_size, data.image_size).tanh()
 
+    begun = time.perf_counter()
     device = choose_device(study.compute)
     ticks: list[float] = []
     common: dict[str, Any] = {"device": device, "progress": lambda done, total: ticks.append(time.perf_counter())}
@@ -84,7 +99,7 @@ def measure(study: Study, kind: str, name: str, images: int, validation: int, sy
     if kind == "synthesize":
         from cmrhpc.train.gan import train_gan
 
-        generator = dataclasses.replace(study.generators[name], generations=STEPS, log_every=STEPS - 1)
+        generator = dataclasses.replace(study.generators[name], generations=steps, log_every=steps - 1)
         trained = train_gan(
             x, labels, generator, study.compute, study.affine, n_classes=len(study.classes), seed=0, **common
         )
@@ -95,7 +110,7 @@ def measure(study: Study, kind: str, name: str, images: int, validation: int, sy
         from cmrhpc.train.refine import train_refiner
 
         refiner = dataclasses.replace(
-            study.refiners[name], log_every=10**6, pretrain_refiner=STEPS, pretrain_discriminator=STEPS, steps=STEPS
+            study.refiners[name], log_every=10**6, pretrain_refiner=steps, pretrain_discriminator=steps, steps=steps
         )
         made_images = made(synthetic)
         trained_refiner = train_refiner(made_images, x, refiner, study.compute, study.affine, seed=0, **common)
@@ -105,30 +120,30 @@ def measure(study: Study, kind: str, name: str, images: int, validation: int, sy
     else:
         from cmrhpc.train.classify import train_classifier
 
-        classifier = dataclasses.replace(study.classifiers[name], steps=STEPS, validate_every=STEPS - 1, weights="")
+        classifier = dataclasses.replace(study.classifiers[name], steps=steps, validate_every=steps - 1, weights="")
         held = made(validation)
         train_classifier(
             x, labels, held, torch.arange(len(held)) % len(study.classes), classifier, study.compute,
             n_classes=len(study.classes), init_seed=0, order_seed=0, **common,
         )  # fmt: skip
         ended = time.perf_counter()
-    told |= step_costs(kind, ticks)
+    told |= step_costs(kind, ticks, steps)
     told["before_s"] = max(0.0, ticks[0] - begun - told["step_s"])
     told["after_s"] = max(0.0, ended - ticks[-1])
     return told
 
 
-def step_costs(kind: str, ticks: list[float]) -> dict[str, float]:
+def step_costs(kind: str, ticks: list[float], steps: int) -> dict[str, float]:
     """From the times at which steps ended: seconds of a step and of what is done at a log entry.
 
-    The first step is slower than all others and left out; the last two end with a log entry or a validation.
+    The last two steps end with a log entry or a validation. A refiner has `steps` steps in each of three phases.
     """
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
     if kind == "refine":
-        phases = [gaps[: STEPS - 1], gaps[STEPS : 2 * STEPS - 1], gaps[2 * STEPS :]]
+        phases = [gaps[first + WARM : first + steps - 1] for first in (0, steps, 2 * steps)]
         names = ("pretrain_refiner_s", "pretrain_discriminator_s", "step_s")
         return {name: statistics.fmean(phase) for name, phase in zip(names, phases, strict=True)} | {"log_s": 0.0}
-    step = statistics.fmean(gaps[: STEPS - 3])
+    step = statistics.fmean(gaps[WARM : steps - 3])
     return {"step_s": step, "log_s": max(0.0, statistics.fmean(gaps[-2:]) - step)}
 
 
@@ -183,6 +198,7 @@ def predict(study: Study, workspace: Workspace | None, jobs: int, outside: float
                 "longest_task_s": max(seconds),
                 "task_hours": sum(seconds) / 3600,
                 "wall_s": schedule(seconds, jobs),
+                "import_s": max(cost["import_s"] for cost in costs.values()),
                 "measured": {" ".join(kind): cost for kind, cost in costs.items()},
             }
     return {"study": study.name, "images": list(sizes.per_class), "jobs": jobs, "stages": found}

@@ -12,6 +12,7 @@ from typing import Any
 from cmrhpc.errors import BadInput
 
 SECTIONS = ("generation", "classifier", "overhead", "shards", "ingest", "tasks", "gpu", "predict")
+OUTSIDE = 0.3  # seconds of a task of `cmrhpc run`, which loads torch once for all, before and after its trainer
 BUSY = 0.5  # load per core above which the machine is called busy
 
 
@@ -142,7 +143,7 @@ def bench(
         if wanted("predict"):
             study, opened = predict.load("fu2021", workspace)
             jobs = max(1, cores() // study.compute.threads)
-            row = predict.predict(study, opened, jobs, _outside(found))
+            row = predict.predict(study, opened, jobs, OUTSIDE)
             found["prediction"] = row
             for stage, one in row["stages"].items():
                 say(
@@ -154,8 +155,3 @@ def bench(
                 for line in row["profile"]["warnings"]:
                     say(line)
     return found
-
-
-def _outside(found: dict[str, Any]) -> float:
-    """Seconds of a task's process that the trainer does not see; those of `cmrhpc run`, which loads torch once."""
-    return 0.3
