@@ -162,13 +162,14 @@ def test_from_python_with_the_users_own_executor(login_node: Node, study: str, l
     assert node.run(["cmrhpc", "verify", "python"], env=login.HERE).stdout.splitlines()[-1] == local_digest
 
 
-def test_stopped_preempted_and_lost_a_task_goes_on(login_node: Node, study: str) -> None:
+def test_stopped_preempted_and_lost_a_task_goes_on(login_node: Node) -> None:
     """USR2 to the element's step (as before the time limit), a partition that preempts, and a node that is lost."""
     node = login_node
     make_study(node, "stopped")
     text = (node.shared / "stopped/study.toml").read_text().replace("generations = 4", "generations = 1500")
     (node.shared / "stopped/study.toml").write_text(text)
-    node.run(f"cp -a {study}/cohort.* {study}/folds.h5 stopped/")
+    node.run(["cmrhpc", "ingest", "stopped"], env=login.HERE)
+    write_profile(node, profile(container=True))
     code, told, _ = submit(node, "stopped", "--yes")
     assert code == 0
     jobs = {array["name"]: array["job"] for array in told["arrays"]}

@@ -4,6 +4,9 @@ does not answer and a number that came back cannot be had from a real one at wil
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +128,22 @@ def test_a_damaged_note_of_a_killed_submission_is_cleared(ready: Workspace, prog
     note.write_text("{")
     propose(ready)
     assert not note.exists()
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\x04"])  # no, and the end of input
+def test_a_person_is_asked_and_may_refuse(ready: Workspace, program: Put, tmp_path: Path, answer: str) -> None:
+    for name in ("squeue", "srun"):
+        program(name, "exit 0")
+    program("sbatch", f"touch {tmp_path}/sent")
+    profile = tmp_path / "mine.toml"
+    profile.write_text('[environment]\nlines = ["true"]\n')
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "cmrhpc.cli", "submit", str(ready.root), "--profile", str(profile)]
+    asking = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.write(ours, answer.encode())
+    out, err = asking.communicate(timeout=120)
+    assert asking.returncode == 0
+    assert "GPU-hours" in out
+    assert "send 19 tasks? [y/N]" in err
+    assert "nothing was sent" in err
+    assert not (tmp_path / "sent").exists()
