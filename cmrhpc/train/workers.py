@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -57,8 +58,9 @@ class Workers:
             return [job(self.seats[0]) for job in jobs]
         if self._pool is None:
             threads = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
-            list(self._pool.map(lambda _: None, range(self.count)))
+            here = threading.Barrier(self.count)
+            self._pool = ThreadPoolExecutor(self.count, initializer=_take_one_thread)
+            list(self._pool.map(lambda _: here.wait(), range(self.count)))  # every thread starts now
             torch.set_num_threads(threads)  # what a new thread sets counts for later ones too
         return [future.result() for future in [self._pool.submit(self._sit, job) for job in jobs]]
 
@@ -68,6 +70,12 @@ class Workers:
             return job(seat)
         finally:
             self._free.put(seat)
+
+
+def _take_one_thread() -> None:
+    """A thread's first question for its number of threads gives it that of the process, so ask before setting it."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def keep_no_state(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.train.evolution import Evolution, frozen_statistics
 from cmrhpc.train.flat import Flat, adam_step
 from cmrhpc.train.plain import PlainEvolution
-from cmrhpc.train.workers import keep_no_state
+from cmrhpc.train.workers import Seat, Workers, keep_no_state
 from tests.train import small
 
 NAMES = ("minimax", "heuristic", "least-squares")
@@ -154,6 +155,26 @@ def test_side_by_side_gives_the_same_bits_every_time(kind: str) -> None:
         runs.append(torch.cat([fast.parents.flatten(), fast.second.flatten(), fast.buffers.flatten(), fast.d.vector]))
     assert all(torch.equal(run, runs[0]) for run in runs)
     assert fast.workers.count == 2
+
+
+def test_workers_have_one_thread_each_and_leave_the_others_theirs() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        workers = Workers(nn.Linear(2, 2), 2)
+        here = threading.Barrier(2)
+
+        def job(seat: Seat) -> tuple[int, int, int]:
+            here.wait(60)
+            torch.randn(300, 300) @ torch.randn(300, 300)
+            return torch.get_num_threads(), threading.get_ident(), id(seat)
+
+        told = workers.run([job] * 2)
+        assert [threads for threads, _, _ in told] == [1, 1]
+        assert len({ident for _, ident, _ in told}) == len({seat for _, _, seat in told}) == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_networks_that_keep_state_or_draw_do_not_run_side_by_side() -> None:

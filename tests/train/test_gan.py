@@ -66,6 +66,26 @@ def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
     assert [entry["step"] for entry in logs[1]] == [2, 4, 6, 7]
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("name", ["residual", "dcgan"])
+def test_resume_side_by_side_is_bitwise(name: str, mode: str, tmp_path: Path) -> None:
+    """Two threads: passes run side by side, and those of the residual networks in halves of a batch."""
+    settings = dataclasses.replace(TINY, networks=name, mixup_alpha=0.2 if name == "residual" else 0.0)
+    compute = Compute(mode=mode, threads=2)
+
+    def train_two(**more: Any) -> TrainedGan:
+        return train_gan(small.images(10), None, settings, compute, Affine(), n_classes=2, seed=5, **more)
+
+    try:
+        undisturbed = train_two()
+        resumed = small.stopped_and_resumed(
+            lambda should_stop: train_two(should_stop=should_stop, checkpoints=Checkpoints(tmp_path, {})), [2, 3]
+        )
+    finally:
+        torch.set_num_threads(1)
+    assert small.same(content(undisturbed), content(resumed))
+
+
 def test_checkpoints_by_time_and_an_older_one_after_damage(tmp_path: Path) -> None:
     undisturbed = train(TINY)
     checkpoints = Checkpoints(tmp_path, {}, every_seconds=0)
