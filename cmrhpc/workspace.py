@@ -149,10 +149,12 @@ class Workspace:
                         name = f"{place}{entry.name}"
                         if entry.is_symlink() or files.is_temporary(entry.name):
                             continue
-                        if name.endswith(".h5"):
+                        if entry.is_dir(follow_symlinks=False):
+                            # Whatever it is called: one made where a shard was deleted may get that shard's inode.
+                            if place or entry.name in SHARD_FOLDERS:
+                                pending.append(f"{name}/")
+                        elif name.endswith(".h5"):
                             found[name] = entry.inode()
-                        elif (place or entry.name in SHARD_FOLDERS) and entry.is_dir(follow_symlinks=False):
-                            pending.append(f"{name}/")
             except FileNotFoundError:
                 continue
             except OSError as error:
