@@ -121,7 +121,7 @@ class Classifier:
 class Compute:
     """How the arithmetic is done. A study setting, because it decides the last bits of every result."""
 
-    mode: str = setting("exact", choices=("exact", "fast"))  # fast: bfloat16, equal to rounding only
+    mode: str = setting("exact", choices=("exact", "fast"))  # fast: bfloat16 where that is native
     threads: int = setting(2, low=1, high=1024)  # per task, never taken from the allocation
     deterministic: bool = True
     checkpoint_seconds: float = setting(600.0, low=0.0)

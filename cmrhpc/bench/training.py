@@ -18,7 +18,7 @@ from cmrhpc.bench.timing import interleaved, medians, ratio
 from cmrhpc.nets.classifiers import build_classifier
 from cmrhpc.study import GENERATORS, Classifier, Compute, Generator
 from cmrhpc.train.classify import DataOrder, Training
-from cmrhpc.train.compute import setup_compute
+from cmrhpc.train.compute import has_bfloat16, setup_compute
 from cmrhpc.train.evolution import Draws, Evolution
 from cmrhpc.train.gan import build_pair, draw_generation
 from cmrhpc.train.latent import Latent
@@ -91,12 +91,12 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
         g, d = build_pair(settings, SIZE, 1, 2, 0)
         return g.to(device), d.to(device)
 
-    def own(fast: bool, workers: int | None = None) -> Evolution:
+    def own(bfloat16: bool, workers: int | None = None) -> Evolution:
         g, d = (n.to(memory_format=torch.channels_last) for n in pair())
-        return Evolution(g, d, mutations=settings.mutations, gamma=settings.gamma, fast=fast, workers=workers)
+        return Evolution(g, d, mutations=settings.mutations, gamma=settings.gamma, bfloat16=bfloat16, workers=workers)
 
     plain = PlainEvolution(*pair(), mutations=settings.mutations, gamma=settings.gamma)
-    exact, fast = own(False), own(True)
+    exact, fast = own(False), own(has_bfloat16(torch.device(device)))
     draws: list[Draws] = []
 
     def draw() -> None:
@@ -203,7 +203,7 @@ def many_models(count: int, generations: int, net: str = "dae-gan-32") -> float:
     def train(seed: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             g, d = (n.to(device, memory_format=torch.channels_last) for n in build_pair(settings, SIZE, 1, 2, seed))  # type: ignore[call-overload]
-            evolution, rng = Evolution(g, d, fast=True), torch.Generator().manual_seed(seed)
+            evolution, rng = Evolution(g, d, bfloat16=has_bfloat16(device)), torch.Generator().manual_seed(seed)
             for number in range(generations + 3):
                 if number == 3:
                     torch.cuda.current_stream().synchronize()

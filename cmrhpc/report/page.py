@@ -201,10 +201,8 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("study", f"{study.name}, from {collection.study_from}; seed {study.seed}"),
         ("design", f"{study.folds.k} folds x {study.folds.repeats} repeats, split by {study.folds.group_by}"),
         ("predictions", f"{count(len(cells), 'shard')} of {result.n_expected}, written {written[0]} to {written[-1]}"),
-        (
-            "compute",
-            f"{study.compute.mode} mode, {count(study.compute.threads, 'thread')} per task; devices {told('device')}",
-        ),
+        ("compute", f"{study.compute.mode} mode, {count(study.compute.threads, 'thread')} per task"),
+        ("devices, arithmetic", f"{told('device')}; {told('arithmetic')}"),
         ("training time", _hours(spent)),
         *_external(result),
         ("code of the tasks", told("code_version")),

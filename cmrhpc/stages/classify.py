@@ -13,7 +13,7 @@ from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.errors import BadInput
 from cmrhpc.plan import COHORT, FOLDS
 from cmrhpc.seeds import derive_seed
-from cmrhpc.stages.device import choose_device
+from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
 from cmrhpc.stages.training import TrainingLog, checkpoints
 from cmrhpc.study import arm_parts
@@ -116,6 +116,6 @@ def classify(context: Context) -> None:
         },
         companions={".jsonl": log.text().encode()},
         # For reading this folder alone; not content, because other settings of the study do not decide this result.
-        info={"device": str(device), "study": shards.canonical(study.to_share())},
+        info=about(study.compute, device) | {"study": shards.canonical(study.to_share())},
     )
     checkpoints(context, log).clear()

@@ -7,7 +7,7 @@ import torch
 from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
 from cmrhpc.plan import COHORT, FOLDS
-from cmrhpc.stages.device import choose_device
+from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
 from cmrhpc.stages.training import TrainingLog, checkpoints, weights_bytes
 from cmrhpc.train.refine import train_refiner
@@ -50,6 +50,6 @@ def refine(context: Context) -> None:
             ".jsonl": log.text().encode(),
             ".png": pictures.grid(torch.cat(pairs).numpy(), columns=8, scale=2),
         },
-        info={"device": str(device)},
+        info=about(study.compute, device),
     )
     checkpoints(context, log).clear()

@@ -11,7 +11,7 @@ from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
 from cmrhpc.plan import COHORT, FOLDS
 from cmrhpc.seeds import derive_seed
-from cmrhpc.stages.device import choose_device
+from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
 from cmrhpc.stages.training import TrainingLog, checkpoints, weights_bytes
 from cmrhpc.train.gan import train_gan
@@ -57,6 +57,6 @@ def synthesize(context: Context) -> None:
             ".jsonl": log.text().encode(),
             ".png": pictures.grid(trained.grid.numpy(), columns=8, scale=2),
         },
-        info={"device": str(device)},
+        info=about(study.compute, device),
     )
     checkpoints(context, log).clear()

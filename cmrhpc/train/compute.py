@@ -33,6 +33,24 @@ def _keep_freed_memory() -> None:
         pass  # another C library: only slower
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device itself computes in bfloat16.
+
+    Where torch emulates it (CPUs without AVX-512 BF16 or AMX, GPUs before Ampere) it is several times slower than
+    float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def uses_bfloat16(compute: Compute, device: torch.device) -> bool:
+    """Whether a training computes in bfloat16: in fast mode, on a device that is quicker with it."""
+    return compute.mode == "fast" and has_bfloat16(device)
+
+
 def autocast(compute: Compute, device: torch.device) -> torch.autocast:
-    """Bfloat16 arithmetic in fast mode, none in exact mode. Weights, optimizer states and losses stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute.mode == "fast")
+    """Bfloat16 arithmetic where it is used. Weights, optimizer states and losses stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(compute, device))

@@ -85,7 +85,7 @@ class Evolution:
     generator: module, z (N, L) [, label] -> images; discriminator: module, images -> logits (N,) [, class logits].
     A network whose attribute `mixes_samples` is missing or true (batch norm, say) is treated with care: nothing is
     shared that its mixing would make wrong. Both modules are kept in training mode and are changed in
-    place; after a generation `generator` holds the best survivor. `fast` runs the networks in bfloat16.
+    place; after a generation `generator` holds the best survivor. `bfloat16` runs the networks in that format.
 
     workers: passes that run side by side on the CPU, each on one thread; by default torch's number of threads. Only
     networks that declare `mixes_samples`, draw no random numbers and keep no state but batch norm's run side by side.
@@ -102,13 +102,13 @@ class Evolution:
         learning_rate: float = 2e-4,
         betas: tuple[float, float] = (0.5, 0.999),
         r1: float = 0.0,
-        fast: bool = False,
+        bfloat16: bool = False,
         workers: int | None = None,
     ):
         self.generator, self.discriminator = generator.train(), discriminator.train()
         self.mutations = [losses.MUTATIONS[name] for name in mutations]
         self.survivors, self.gamma, self.r1 = survivors, gamma, r1
-        self.learning_rate, self.betas, self.fast = learning_rate, betas, fast
+        self.learning_rate, self.betas, self.bfloat16 = learning_rate, betas, bfloat16
         self.step = 0  # generations done
         self.d_steps = 0  # discriminator updates done
         self.workers = Workers(generator, workers if keep_no_state(generator) and keep_no_state(discriminator) else 1)
@@ -150,9 +150,9 @@ class Evolution:
         self.workers.seats[0].hold(vector, buffers)
 
     def _run(self, module: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(output, class logits or None) in float32 or wider; bfloat16 inside in fast mode."""
+        """(output, class logits or None) in float32 or wider; bfloat16 inside where asked for."""
         given = [_as_channels_last(x) for x in inputs if x is not None]
-        with torch.autocast(given[0].device.type, dtype=torch.bfloat16, enabled=self.fast, cache_enabled=False):
+        with torch.autocast(given[0].device.type, dtype=torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
             out = module(*given)
         out, classes = out if isinstance(out, tuple) else (out, None)
         wide = torch.promote_types(out.dtype, torch.float32)

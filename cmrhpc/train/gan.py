@@ -20,7 +20,7 @@ from cmrhpc.study import Affine, Compute, Generator
 from cmrhpc.train import losses
 from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
-from cmrhpc.train.compute import setup_compute
+from cmrhpc.train.compute import setup_compute, uses_bfloat16
 from cmrhpc.train.diffaugment import Views
 from cmrhpc.train.evolution import Draws, Evolution, Outcome
 from cmrhpc.train.latent import Latent
@@ -133,7 +133,7 @@ def train_gan(
         learning_rate=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         r1=settings.r1,
-        fast=compute.mode == "fast",
+        bfloat16=uses_bfloat16(compute, torch.device(device)),
     )
     run = _Run(settings, evolution, rng, log)
     saved = checkpoints.newest() if checkpoints else None

@@ -315,7 +315,7 @@ def test_frozen_statistics_keep_the_output() -> None:
 @pytest.mark.parametrize("kind", ["residual", "dcgan"])
 def test_fast_mode_agrees_to_bfloat16_rounding(kind: str) -> None:
     plain, _ = make(kind, torch.float32)
-    fast = Evolution(copy.deepcopy(plain.parents[0][0]), copy.deepcopy(plain.discriminator), fast=True)
+    fast = Evolution(copy.deepcopy(plain.parents[0][0]), copy.deepcopy(plain.discriminator), bfloat16=True)
     draws = small.draws(torch.Generator().manual_seed(1), dtype=torch.float32, mixup=True, passes=1)
     slow, quick = plain.generation(draws), fast.generation(draws)
     assert torch.allclose(slow.loss_g, quick.loss_g, atol=0.05)

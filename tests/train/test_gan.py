@@ -68,8 +68,9 @@ def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("name", ["residual", "dcgan"])
-def test_resume_side_by_side_is_bitwise(name: str, mode: str, tmp_path: Path) -> None:
+def test_resume_side_by_side_is_bitwise(name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads: passes run side by side, and those of the residual networks in halves of a batch."""
+    monkeypatch.setattr("cmrhpc.train.compute.has_bfloat16", lambda device: True)  # emulated, where it is not
     settings = dataclasses.replace(TINY, networks=name, mixup_alpha=0.2 if name == "residual" else 0.0)
     compute = Compute(mode=mode, threads=2)
 
