@@ -11,6 +11,8 @@ from cmrhpc.near import did_you_mean
 
 STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
 
+PROFILE = "a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles"
+
 TYPED = 0.7  # how near a word must be to what was typed in a hurry
 
 
@@ -99,7 +101,12 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("submit", "everything missing, on Slurm through submitit", "cmrhpc submit ws --profile mycluster")
     p.add_argument("workspace", metavar="WORKSPACE")
-    p.add_argument("--profile", required=True, metavar="P", help="a file, or a name from slurm/profiles")
+    p.add_argument(
+        "--profile",
+        required=True,
+        metavar="P",
+        help="a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the sbatch files, checked by Slurm, and send nothing")
     p.add_argument("--yes", action="store_true", help="send without asking")
     p.add_argument("--json", action="store_true")
@@ -149,6 +156,11 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("doctor", "what is installed, which GPU, which Slurm, which container, what is missing", "cmrhpc doctor")
     p.add_argument("workspace", metavar="WORKSPACE", nargs="?", help="a folder, to look at its file system too")
-    p.add_argument("--profile", default=None, metavar="P", help="a file, or a name from slurm/profiles")
+    p.add_argument(
+        "--profile",
+        default=None,
+        metavar="P",
+        help="a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles",
+    )
     p.add_argument("--json", action="store_true")
     return top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -131,16 +132,19 @@ class Profile:
 
 
 def load_profile(name: str | Path) -> Profile:
-    """A profile from its path, or by name from `slurm/profiles` of this folder or of the clone that is installed.
+    """A profile from its path, or by name from `slurm/profiles` of this folder, from `~/.config/cmrhpc/profiles`, or
+    from the clone that is installed.
 
     Raises BadInput with file, table, key and mend.
     """
     path = Path(name)
     if not path.is_file():
-        folders = [Path("slurm/profiles"), Path(__file__).resolve().parent.parent / "slurm" / "profiles"]
+        own = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "cmrhpc" / "profiles"
+        folders = [Path("slurm/profiles"), own, Path(__file__).resolve().parent.parent / "slurm" / "profiles"]
         known = {p.stem: p for folder in reversed(folders) for p in sorted(folder.glob("*.toml"))}
         if str(name) not in known:
-            mend = f"copy slurm/profiles/template.toml and fill it in; by name there are: {', '.join(known) or 'none'}"
+            there = f"by name there are: {', '.join(known)}" if known else f"none lie in {folders[0]} or {own}"
+            mend = f"give its path, or copy slurm/profiles/template.toml of the clone and fill it in; {there}"
             raise BadInput(f'no such profile "{name}"', str(path), mend)
         path = known[str(name)]
     try:

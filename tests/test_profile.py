@@ -54,6 +54,20 @@ def test_each_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> N
         assert word in str(raised.value)
 
 
+def test_a_name_is_looked_for_here_and_then_in_the_users_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, here = tmp_path / "config/cmrhpc/profiles", tmp_path / "slurm/profiles"
+    for folder, partition in ((own, "mine"), (here, "ours")):
+        folder.mkdir(parents=True)
+        (folder / "tesla.toml").write_text(f'[slurm]\npartition = "{partition}"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    assert load_profile("tesla").slurm.partition == "ours"
+    (here / "tesla.toml").unlink()
+    assert load_profile("tesla").slurm.partition == "mine"
+
+
 def test_an_unknown_name_lists_those_there_are() -> None:
     with pytest.raises(BadInput, match="template"):
         load_profile("nowhere")
