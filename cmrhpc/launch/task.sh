@@ -1,9 +1,10 @@
 #!/bin/bash
-# task.sh STAGE WORKSPACE: one element of a job array runs the task of its index. The sbatch files and `cmrhpc submit` end in it.
+# task.sh STAGE WORKSPACE [OFFSET]: one element of a job array runs the task of its index. The sbatch files and `cmrhpc submit`
+# end in it.
 #
 #   CMRHPC_CONTAINER           run inside this image instead of the environment that the job was submitted from
 #   CMRHPC_CONTAINER_OPTIONS   more words for `apptainer exec`, e.g. "--bind /scratch"
-#   CMRHPC_OFFSET              added to the array index, where the cluster allows no index as high as the task's
+#   CMRHPC_OFFSET              the same as OFFSET: added to the array index, where the cluster allows none as high as the task's
 #   CMRHPC_TASKS               run these tasks side by side, e.g. "4 5", instead of that of the array index
 #
 # The log of each is WORKSPACE/logs/STAGE_INDEX.log. The job ends with the exit code of its task, or with the worst. Asked
@@ -11,17 +12,27 @@
 # does not: whoever sends that (scancel, preemption, the time limit) has decided already.
 set -uo pipefail
 umask 007
-if [ $# -ne 2 ] || [ ! -d "$2" ]; then
-    echo "usage: sbatch --array=0-9 slurm/STAGE.sbatch WORKSPACE (a folder)" >&2
+offset=${3:-${CMRHPC_OFFSET:-0}}
+if [ $# -lt 2 ] || [ $# -gt 3 ] || [ ! -d "$2" ] || [[ ! $offset =~ ^[0-9]+$ ]]; then
+    echo "usage: sbatch --array=0-9 slurm/STAGE.sbatch WORKSPACE [OFFSET] (a folder, a number)" >&2
     exit 2
 fi
 stage=$1
 workspace=$(realpath "$2")
-read -ra tasks <<< "${CMRHPC_TASKS:-$((${SLURM_ARRAY_TASK_ID:-0} + ${CMRHPC_OFFSET:-0}))}"
+if [ -z "${CMRHPC_TASKS:-}${SLURM_ARRAY_TASK_ID:-}" ] && [[ $stage != @(ingest|aggregate) ]]; then
+    echo "which task of $stage? sbatch had an empty --array, perhaps because nothing is missing" >&2
+    exit 2
+fi
+read -ra tasks <<< "${CMRHPC_TASKS:-$((${SLURM_ARRAY_TASK_ID:-0} + 10#$offset))}"
 command=(cmrhpc task "$workspace" --stage "$stage")
 
 # Inside an image: it sees the workspace, a GPU where there is one, and its own checksum, which goes into the shard.
 if [ -n "${CMRHPC_CONTAINER:-}" ]; then
+    case $workspace in *[,:]*)
+        echo "Apptainer cannot bind a path with , or : ($workspace): rename the folder" >&2
+        exit 3
+        ;;
+    esac
     gpu=()
     [ ! -e /dev/nvidiactl ] || gpu=(--nv)
     read -r CMRHPC_CONTAINER_SHA256 _ < "$CMRHPC_CONTAINER.sha256" || echo "no checksum beside $CMRHPC_CONTAINER" >&2

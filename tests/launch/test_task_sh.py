@@ -37,9 +37,9 @@ def place(program: Put, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, tasks: str, **environment: str) -> subprocess.Popen[bytes]:
+def start(place: Path, tasks: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
     more = {"CMRHPC_TASKS": tasks, "SLURM_JOB_ID": "9", "PREEMPTED": "None"} | environment
-    return subprocess.Popen(["bash", str(TASK_SH), "classify", "."], cwd=place, env=os.environ | more)
+    return subprocess.Popen(["bash", str(TASK_SH), "classify", ".", *words], cwd=place, env=os.environ | more)
 
 
 def wait_for(*paths: Path) -> None:
@@ -64,6 +64,23 @@ def test_each_task_has_its_log_and_the_worst_exit_code_is_told(place: Path) -> N
 def test_the_index_comes_from_the_array_and_an_offset(place: Path) -> None:
     assert start(place, "", SLURM_ARRAY_TASK_ID="2").wait(60) == 2
     assert start(place, "", SLURM_ARRAY_TASK_ID="2", CMRHPC_OFFSET="5").wait(60) == 7
+    for word, code in (("5", 7), ("08", 10), ("x", 2)):
+        assert start(place, "", word, SLURM_ARRAY_TASK_ID="2").wait(60) == code
+
+
+def test_a_job_that_is_no_array_runs_no_training(place: Path) -> None:
+    """sbatch takes `--array=` without anything, as a stage that is done gives, for a job that is none."""
+    assert start(place, "").wait(60) == 2
+    assert not (place / "logs").exists()
+
+
+def test_a_workspace_that_apptainer_would_cut_is_told(place: Path) -> None:
+    (place / "a:b").mkdir()
+    inside = {"CMRHPC_TASKS": "0", "CMRHPC_CONTAINER": "x.sif"}
+    line = ["bash", str(TASK_SH), "classify", "a:b"]
+    told = subprocess.run(line, cwd=place, env=os.environ | inside, capture_output=True, text=True)
+    assert told.returncode == 3
+    assert "rename the folder" in told.stderr
 
 
 @pytest.mark.parametrize(
