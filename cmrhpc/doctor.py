@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cmrhpc import __version__
 from cmrhpc.findings import Finding, finding
-from cmrhpc.launch.cluster import container_findings, disk_findings, folder_findings, slurm_findings
+from cmrhpc.launch.cluster import container_findings, disk_findings, folder_findings, path_findings, slurm_findings
 from cmrhpc.launch.slurm import ask
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def findings(workspace: Path | None = None, profile: Profile | None = None) -> l
         )
     found.append(_gpu())
     found += slurm_findings(profile) + container_findings(profile) + disk_findings()
-    return found + (folder_findings(workspace) if workspace else [])
+    return found + (path_findings(workspace, profile) + folder_findings(workspace) if workspace else [])
 
 
 def _package(name: str, mend: str) -> Finding:

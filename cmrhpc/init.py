@@ -13,6 +13,7 @@ from cmrhpc import files
 from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_columns
 from cmrhpc.data.table import label_order, read_heading, read_table
 from cmrhpc.errors import BadInput
+from cmrhpc.paths import check_printable
 from cmrhpc.study import STUDIES, Study, parse_study
 
 
@@ -42,8 +43,8 @@ def make_workspace(
 ) -> Made:
     """Write `root`/study.toml from a shipped study or a file; the classes are read from the raw table.
 
-    Raises BadInput for an unknown study, a workspace that has one already, a table that cannot be read, one class
-    only, or a binary study whose positive class is not told.
+    Raises BadInput for an unknown study, a path with a line break, a workspace that has one already, a table that
+    cannot be read, one class only, or a binary study whose positive class is not told.
     """
     source = STUDIES / f"{study}.toml"
     if source.stem not in shipped() or os.sep in study:
@@ -51,6 +52,7 @@ def make_workspace(
     if not source.is_file():
         mend = f"shipped studies: {', '.join(shipped())}; or give a .toml file"
         raise BadInput(f'no study "{study}"', str(source), mend)
+    check_printable(root.absolute())
     target = root / "study.toml"
     if target.exists():
         raise BadInput("the workspace has a study already", str(target), "edit it, or choose another folder")

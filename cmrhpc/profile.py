@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from cmrhpc.errors import BadInput
+from cmrhpc.near import letters
+from cmrhpc.paths import expanded
 from cmrhpc.typed import build, setting, unknown
 
 # What submit itself decides, and what has a key of its own.
@@ -28,13 +31,20 @@ _OURS |= {
 }
 _KEYS = {"account": "account", "constraint": "constraint", "cpus-per-task": "cpus", "gres": "gres", "mem": "memory"}
 _KEYS |= {"partition": "partition", "qos": "qos", "time": "time"}
+_BY_STAGE = ("partition", "account", "qos", "constraint", "options")  # of [slurm], what a stage may have its own of
+_GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")
+# What Slurm and submitit call a key of a stage.
+_OTHER_NAMES = {"mem": "memory", "cpuspertask": "cpus", "gpuspernode": "gpus", "timelimit": "time", "walltime": "time"}
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """What every job asks for. max_time, max_memory: what a task that ran out of either may be given in the end."""
+    """What every job asks for, unless its stage says otherwise.
+
+    max_time, max_memory: what a task that ran out of either may be given in the end.
+    """
 
     partition: str = ""
     account: str = ""
@@ -48,7 +58,10 @@ class Slurm:
 
 @dataclass(frozen=True)
 class Container:
-    """Inside which image tasks run; without one, in the environment that submits."""
+    """Inside which image tasks run; without one, in the environment that submits.
+
+    image and the sources of binds: once loaded whole paths, a relative one from the profile's folder.
+    """
 
     image: str = ""
     binds: tuple[str, ...] = ()
@@ -64,26 +77,27 @@ class Environment:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one task asks for; time and memory as Slurm writes them."""
+    """What one task asks for; time and memory as Slurm writes them.
+
+    gpus: instead of GPUs in gres, for clusters that take `--gpus-per-node`: `2`, `a100` or `a100:2`. partition to
+    options: instead of what [slurm] says, None where that holds.
+    """
 
     time: str
     memory: str
     gres: str
     cpus: int = setting(1, low=1, high=1024)
+    gpus: str = ""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    options: tuple[str, ...] | None = None
 
     @property
     def seconds(self) -> int:
         """The time limit, always a whole number of minutes as Slurm counts it."""
         return -(-time_seconds(self.time) // 60) * 60
-
-    @property
-    def gpus(self) -> int:
-        """How many GPUs `gres` names: `gpu`, `gpu:2`, `gpu:a100`, `gpu:a100:2`."""
-        found = 0
-        for part in self.gres.split(","):
-            name, *rest = part.split("(")[0].strip().split(":")
-            found += (int(rest[-1]) if rest and rest[-1].isdigit() else 1) if name == "gpu" else 0
-        return found
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,17 @@ class Profile:
     def resources(self, stage: str) -> Resources:
         return getattr(self.stages, stage)
 
+    def slurm_of(self, stage: str) -> Slurm:
+        """[slurm], with what the stage says otherwise."""
+        own = {key: getattr(self.resources(stage), key) for key in _BY_STAGE}
+        return replace(self.slurm, **{key: value for key, value in own.items() if value is not None})
+
+    def gpus(self, stage: str) -> int:
+        """How many GPUs one job of a stage holds."""
+        ask = self.resources(stage)
+        words = [option.removeprefix("--").partition("=") for option in self.slurm_of(stage).options]
+        return gpu_count(ask.gres, [ask.gpus, *(value for name, _, value in words if name in _GPU_OPTIONS)])
+
     def tasks_per_element(self, stage: str) -> int:
         return getattr(self.resources(stage), "tasks_per_gpu", 1)
 
@@ -168,27 +193,53 @@ def parse_profile(text: str, where: str = "profile.toml") -> Profile:
     for stage in stages:
         if stage not in _DEFAULTS:
             raise unknown(stage, _DEFAULTS, f"{where} [stages]")
+    _check_keys(values, where)
     for stage, default in _DEFAULTS.items():
-        stages[stage] = default | stages.get(stage, {})
+        own = stages.get(stage, {})
+        instead = {"gres": ""} if own.get("gpus") else {}
+        stages[stage] = default | instead | own
+    container = values.get("container")
+    if isinstance(container, dict):
+        values["container"] = container | _from_folder(container, Path(where).parent.absolute())
     profile = build(Profile, values | {"name": Path(where).stem}, where, "")
     _check(profile, where)
     return profile
 
 
+def _check_keys(values: dict[str, Any], where: str) -> None:
+    """Raises BadInput for a key that stands above its table, or is called as Slurm calls it."""
+    tables = {"[slurm]": Slurm, "[container]": Container, "[environment]": Environment}
+    homes = {table: [f.name for f in fields(kind)] for table, kind in tables.items()}
+    homes["[stages.STAGE]"] = [f.name for f in fields(SharedResources)]
+    for key in values:
+        if found := [table for table, keys in homes.items() if key in keys]:
+            raise BadInput(f'unknown key "{key}"', where, f"it belongs below {' or '.join(found)}")
+    for stage, own in values["stages"].items():
+        for key in own:
+            if key not in homes["[stages.STAGE]"] and (meant := _OTHER_NAMES.get(letters(key))):
+                raise BadInput(f'unknown key "{key}"', f"{where} [stages.{stage}]", f'did you mean "{meant}"?')
+
+
+def _from_folder(container: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """[container] with whole paths: `~` and variables written out, relative ones from a folder."""
+    made = dict(container)
+    if isinstance(image := container.get("image"), str) and image:
+        made["image"] = str(folder / expanded(image))
+    if isinstance(binds := container.get("binds"), list):
+        made["binds"] = [_bind(bind, folder) if isinstance(bind, str) and bind else bind for bind in binds]
+    return made
+
+
+def _bind(text: str, folder: Path) -> str:
+    """SOURCE[:TARGET[:OPTIONS]] with a whole SOURCE."""
+    source, sign, rest = expanded(text).partition(":")
+    return f"{folder / source}{sign}{rest}"
+
+
 def _check(profile: Profile, where: str) -> None:
     """The rules that no single field can check."""
     slurm, container = profile.slurm, profile.container
-    for key in ("partition", "account", "qos", "constraint"):
-        if re.search(r"\s", getattr(slurm, key)):
-            raise BadInput("has a space in it", f"{where} slurm.{key}", "write one word")
-    for i, option in enumerate(slurm.options, 1):
-        place, word = f"{where} slurm.options number {i}", option.removeprefix("--").split("=")[0]
-        if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option):
-            raise BadInput(f'"{option}" is no long option of sbatch', place, 'write "--exclude=node7"')
-        if word in _KEYS:
-            raise BadInput(f"--{word} has a key of its own", place, f"write {_KEYS[word]} = ...")
-        if word in _OURS:
-            raise BadInput(f"--{word} is decided by cmrhpc submit", place, "take it out")
+    _check_slurm(slurm, f"{where} slurm")
     for table, words in (("binds", container.binds), ("options", container.options)):
         for i, word in enumerate(words, 1):
             if not word or re.search(r"\s", word) or (table == "binds" and "," in word):
@@ -211,6 +262,39 @@ def _check(profile: Profile, where: str) -> None:
             raise BadInput(f"{asked.memory} is above max_memory {slurm.max_memory}", f"{place}.memory", "raise it")
         if re.search(r"\s", asked.gres):
             raise BadInput("has a space in it", f"{place}.gres", 'for example "gpu:1"; empty for none')
+        if asked.gpus and not re.fullmatch(r"([A-Za-z][\w.-]*:)?[1-9]\d*|[A-Za-z][\w.-]*", asked.gpus):
+            raise BadInput(f'"{asked.gpus}" is no number of GPUs', f"{place}.gpus", 'write "1" or "a100:1"')
+        if asked.gpus and gpu_count(asked.gres, []):
+            raise BadInput("asks for GPUs twice", f"{place}.gres", "name them in gres or in gpus")
+        _check_slurm(profile.slurm_of(stage), place)
+
+
+def _check_slurm(slurm: Slurm, place: str) -> None:
+    """Words for sbatch, of [slurm] or of a stage."""
+    for key in ("partition", "account", "qos", "constraint"):
+        if re.search(r"\s", getattr(slurm, key)):
+            raise BadInput("has a space in it", f"{place}.{key}", "write one word")
+    for i, option in enumerate(slurm.options, 1):
+        number, word = f"{place}.options number {i}", option.removeprefix("--").split("=")[0]
+        if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option):
+            raise BadInput(f'"{option}" is no long option of sbatch', number, 'write "--exclude=node7"')
+        if word in _KEYS:
+            raise BadInput(f"--{word} has a key of its own", number, f"write {_KEYS[word]} = ...")
+        if word in _OURS:
+            raise BadInput(f"--{word} is decided by cmrhpc submit", number, "take it out")
+
+
+def gpu_count(gres: str, more: Iterable[str]) -> int:
+    """How many GPUs are asked for, by gres (`gpu`, `gpu:2`, `gpu:a100`, `gpu:a100:2`) or more words (`2`, `a100:2`).
+
+    Where several ask for them they mean the same ones.
+    """
+    found = []
+    for part in gres.split(","):
+        name, *rest = part.split("(")[0].strip().split(":")
+        found.append((int(rest[-1]) if rest and rest[-1].isdigit() else 1) if name == "gpu" else 0)
+    told = [word.rpartition(":")[2] for word in more if word]
+    return max(sum(found), *(int(word) if word.isdigit() else 1 for word in told), 0)
 
 
 def time_seconds(text: str, where: str = "time") -> int:

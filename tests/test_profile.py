@@ -42,6 +42,14 @@ def test_the_template_says_what_holds_where_a_profile_says_nothing() -> None:
         ('[stages.classify]\ntime = "3"', ["stages.classify.time", "signal_seconds is 120"]),
         ('[stages.classify]\nmemory = "lots"', ["stages.classify.memory", "8G"]),
         ("[stages.classify]\ncpus = 2.5", ["stages.classify.cpus", "whole number"]),
+        ('[stages.classify]\ngpus = "0"', ["stages.classify.gpus", "a100:1"]),
+        ("[stages.classify]\ngpus = 1", ["stages.classify.gpus", "a text in quotes"]),
+        ('[stages.classify]\ngpus = "1"\ngres = "gpu:1"', ["stages.classify.gres", "twice"]),
+        ('[stages.ingest]\npartition = "a b"', ["stages.ingest.partition", "one word"]),
+        ('[stages.ingest]\noptions = ["--mem=3G"]', ["stages.ingest.options number 1", "memory = ..."]),
+        ('partition = "gpu"', ['unknown key "partition"', "belongs below [slurm] or [stages.STAGE]"]),
+        ('image = "x.sif"', ['unknown key "image"', "belongs below [container]"]),
+        ('[stages.classify]\nmem = "8G"', ['unknown key "mem"', "[stages.classify]", 'did you mean "memory"']),
         ("[slurm", ["not valid TOML"]),
     ],
 )
@@ -90,8 +98,52 @@ def test_memory_as_slurm_writes_it(text: str, mb: int) -> None:
     assert memory_mb(memory_text(mb)) == mb
 
 
+def test_a_stage_may_have_its_own_of_what_slurm_is_told() -> None:
+    profile = parse_profile("""
+        [slurm]
+        partition = "gpu"
+        account = "heart"
+        constraint = "a100"
+        options = ["--exclude=n7"]
+        [stages.ingest]
+        partition = "cpu,long"
+        constraint = ""
+        options = []
+        [stages.classify]
+        gpus = "a100:2"
+    """)
+    ingest, classify = profile.slurm_of("ingest"), profile.slurm_of("classify")
+    assert (ingest.partition, ingest.account, ingest.constraint, ingest.options) == ("cpu,long", "heart", "", ())
+    assert classify == profile.slurm
+    assert (profile.resources("classify").gres, profile.gpus("classify")) == ("", 2)
+    assert (profile.resources("refine").gres, profile.gpus("refine")) == ("gpu:1", 1)
+
+
+def test_gpus_that_an_option_asks_for_are_counted() -> None:
+    profile = parse_profile('[slurm]\noptions = ["--gpus-per-node=a100:2"]\n[stages.ingest]\noptions = ["--exclusive"]')
+    assert [profile.gpus(stage) for stage in ("ingest", "classify", "aggregate")] == [0, 2, 2]
+
+
+def test_paths_start_at_the_profiles_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    for image, whole in (
+        ("images/x.sif", f"{tmp_path}/images/x.sif"),
+        ("~/x.sif", "/home/me/x.sif"),
+        ("$SCRATCH/x.sif", "/scratch/me/x.sif"),
+    ):
+        path = tmp_path / "mine.toml"
+        path.write_text(f'[container]\nimage = "{image}"\nbinds = ["~/a", "$SCRATCH/b:/b:ro", "c:/c", "/d"]')
+        container = load_profile(path).container
+        assert container.image == whole
+        assert container.binds == ("/home/me/a", "/scratch/me/b:/b:ro", f"{tmp_path}/c:/c", "/d")
+    monkeypatch.setenv("SCRATCH", "/one,two")
+    with pytest.raises(BadInput, match="/one,two/b"):
+        load_profile(path)
+
+
 @pytest.mark.parametrize(
     ("gres", "gpus"), [("", 0), ("gpu", 1), ("gpu:2", 2), ("gpu:a100", 1), ("gpu:a100:4,nvme:1", 4)]
 )
 def test_gpus_of_a_gres(gres: str, gpus: int) -> None:
-    assert parse_profile(f'[stages.classify]\ngres = "{gres}"').resources("classify").gpus == gpus
+    assert parse_profile(f'[stages.classify]\ngres = "{gres}"').gpus("classify") == gpus

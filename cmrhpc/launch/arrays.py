@@ -23,12 +23,13 @@ TRAINING = ("synthesize", "refine", "classify")
 
 @dataclass(frozen=True)
 class Ask:
-    """What one array element asks for. seconds: time limit. memory: MiB."""
+    """What one array element asks for. seconds: time limit. memory: MiB. gres, gpus: as the profile writes them."""
 
     seconds: int
     cpus: int
     memory: int
     gres: str
+    gpus: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,4 +169,4 @@ def _chunks(
         for i in range(0, len(elements), max_elements):
             part = tuple(elements[i : i + max_elements])
             most = max(len(element) for element in part)
-            yield part, Ask(seconds, asked.cpus * most, memory * most, asked.gres)
+            yield part, Ask(seconds, asked.cpus * most, memory * most, asked.gres, asked.gpus)

@@ -20,8 +20,11 @@ from cmrhpc import files
 from cmrhpc.errors import BadInput
 from cmrhpc.findings import Finding, finding
 from cmrhpc.launch import slurm
+from cmrhpc.launch.send import read_elsewhere
 from cmrhpc.launch.slurm import Partition
+from cmrhpc.paths import check_for_bind, check_for_slurm
 from cmrhpc.plan import STAGES
+from cmrhpc.workspace import Workspace
 
 if TYPE_CHECKING:
     from cmrhpc.profile import Profile
@@ -87,41 +90,61 @@ def _partitions(partitions: list[Partition], profile: Profile | None) -> list[Fi
         found.append(finding(partition.up, what if partition.up else f"{what}, is down", "use another for now"))
     if profile:
         found += _asked_for(partitions, profile)
-    if partitions and not any(kind.startswith("gpu") for partition in partitions for kind in partition.gres):
+    if partitions and not _have_gpus(partitions):
         found.append(finding(False, "no partition has GPUs", "tasks compute on CPUs: leave gres empty in the profile"))
     return found
 
 
 def _asked_for(partitions: list[Partition], profile: Profile) -> list[Finding]:
     """What the profile asks for and its partitions do not have; nothing where they have all of it."""
-    from cmrhpc.profile import time_seconds
-
     found = []
     known = {partition.name: partition for partition in partitions}
     default = [partition.name for partition in partitions if partition.default]
-    names = profile.slurm.partition.split(",") if profile.slurm.partition else default
     who = f"profile {profile.name}"
-    for name in [name for name in names if name not in known]:
+    places = {stage: profile.slurm_of(stage).partition for stage in STAGES}
+    named = {stage: place.split(",") if place else default for stage, place in places.items()}
+    for name in dict.fromkeys(name for names in named.values() for name in names if name not in known):
         mend = f"name one of {', '.join(known)} in the profile" if known else "ask the administrator"
         found.append(finding(False, f"{who}: there is no partition {name}", mend))
-    for partition in [known[name] for name in names if name in known]:
-        most = math.inf
-        with contextlib.suppress(BadInput):  # "infinite"
-            most = time_seconds(partition.time_limit)
-        kinds = {kind.split(":")[1] for kind in partition.gres if kind.count(":") > 1}
-        for stage in STAGES:
-            ask = profile.resources(stage)
-            if ask.seconds > most:
-                what = f"{who}: {stage} asks for {ask.time}, partition {partition.name} gives {partition.time_limit}"
-                found.append(
-                    finding(False, what, "ask for less: a task that runs out of time goes on from its checkpoint")
-                )
-            kind = ask.gres.split(":")[1] if ask.gres.count(":") and not ask.gres.split(":")[1].isdigit() else ""
-            if kind and kinds and kind not in kinds:
-                here = ", ".join(sorted(kinds))
-                what = f"{who}: {stage} asks for GPU type {kind}, partition {partition.name} has {here}"
-                found.append(finding(False, what, "name a type that is there, or none: gpu:1"))
+    for stage, names in named.items():
+        # Of several partitions Slurm takes one that has what is asked for.
+        here = [known[name] for name in names if name in known]
+        if not here:
+            continue
+        ask, where = profile.resources(stage), ",".join(partition.name for partition in here)
+        if all(ask.seconds > _most_seconds(partition) for partition in here):
+            gives = ", ".join(dict.fromkeys(partition.time_limit for partition in here))
+            what = f"{who}: {stage} asks for {ask.time}, partition {where} gives {gives}"
+            found.append(finding(False, what, "ask for less: a task that runs out of time goes on from its checkpoint"))
+        kinds = {kind.split(":")[1] for partition in here for kind in partition.gres if kind.count(":") > 1}
+        first = ask.gres.split(",")[0]
+        kind = _gpu_type(first.removeprefix("gpu:") if first.startswith("gpu:") else ask.gpus)
+        if kind and kinds and kind not in kinds:
+            what = f"{who}: {stage} asks for GPU type {kind}, partition {where} has {', '.join(sorted(kinds))}"
+            found.append(finding(False, what, "name a type that is there, or none: gpu:1"))
+        if profile.gpus(stage) and _have_gpus(partitions) and not _have_gpus(here):
+            what = f"{who}: {stage} asks for a GPU, partition {where} has none"
+            found.append(finding(False, what, f"give [stages.{stage}] a partition with GPUs, or leave gres empty"))
     return found
+
+
+def _have_gpus(partitions: list[Partition]) -> bool:
+    return any(kind.startswith("gpu") for partition in partitions for kind in partition.gres)
+
+
+def _most_seconds(partition: Partition) -> float:
+    """The longest that a job may run there."""
+    from cmrhpc.profile import time_seconds
+
+    with contextlib.suppress(BadInput):  # "infinite"
+        return time_seconds(partition.time_limit)
+    return math.inf
+
+
+def _gpu_type(text: str) -> str:
+    """The type that `2`, `a100` or `a100:2` name; empty where none."""
+    kind = text.partition(":")[0]
+    return "" if kind.isdigit() else kind
 
 
 # ---------------------------------------------------------------- the container
@@ -136,8 +159,19 @@ def container_findings(profile: Profile | None) -> list[Finding]:
         found.append(finding(False, "Apptainer is not here", mend))
     else:
         found += [finding(True, answer.out.strip()), _namespaces()]
-    image = os.path.expandvars(profile.container.image) if profile else os.environ.get("CMRHPC_CONTAINER", "")
-    return found + (_image(Path(image).expanduser()) if image else [])
+    image = profile.container.image if profile else os.environ.get("CMRHPC_CONTAINER", "")
+    return found + (_image(Path(image)) if image else []) + (_binds(profile) if profile else [])
+
+
+def _binds(profile: Profile) -> list[Finding]:
+    """Sources of binds that are missing here; nothing where all are there."""
+    sources = [bind.partition(":")[0] for bind in profile.container.binds]
+    mend = "make it, or take it out of binds: where it is missing no container starts (compute nodes may have it)"
+    return [
+        finding(False, f"profile {profile.name}: {source} of binds is not here", mend)
+        for source in sources
+        if not os.path.exists(source)
+    ]
 
 
 def _namespaces() -> Finding:
@@ -173,6 +207,23 @@ def _image(image: Path) -> list[Finding]:
 
 
 # ---------------------------------------------------------------- files and disks
+
+
+def path_findings(workspace: Path, profile: Profile | None) -> list[Finding]:
+    """Paths that Slurm or Apptainer would misread; nothing where there is none."""
+    bound = []
+    if profile and profile.container.image:
+        bound = [workspace.resolve()]
+        with contextlib.suppress(BadInput):  # a folder that is no workspace yet
+            known = Workspace(workspace)
+            bound += [*read_elsewhere(known, "ingest"), *read_elsewhere(known, "synthesize")]
+    found = []
+    for check, path in [(check_for_slurm, workspace.absolute()), *((check_for_bind, path) for path in bound)]:
+        try:
+            check(path)
+        except BadInput as error:
+            found.append(finding(False, f"{error.where}: {error.what}", error.mend))
+    return found
 
 
 def folder_findings(workspace: Path) -> list[Finding]:

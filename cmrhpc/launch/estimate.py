@@ -75,7 +75,7 @@ def expected(
             tasks=sum(len(array.tasks) for array in own),
             elements=sum(len(array.elements) for array in own),
             arrays=len(own),
-            gpu_hours=seconds * profile.resources(stage).gpus / 3600,
+            gpu_hours=seconds * profile.gpus(stage) / 3600,
             measured=sum(kinds[stage, index] in known for array in own for index in array.tasks),
         )
     return rows

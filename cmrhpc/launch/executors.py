@@ -10,18 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmrhpc.errors import UsageError
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, plan_arrays
 from cmrhpc.launch.element import run_element
 from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings
 from cmrhpc.launch.submissions import Submission
-from cmrhpc.launch.submit import claim_folder, submit_all
+from cmrhpc.launch.submit import claim_folder, limits_for, submit_all
+from cmrhpc.paths import check_for_slurm
 from cmrhpc.plan import STAGES
-from cmrhpc.profile import Profile, load_profile, parse_profile
+from cmrhpc.profile import Profile, gpu_count, load_profile, parse_profile
 from cmrhpc.workspace import Workspace
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
+
+# What asks for GPUs, or for memory and cores by the GPU or core. A profile says all of that itself.
+_BY_GPU = {"gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "num-gpus", "gres"}
+_OF_A_PROFILE = _BY_GPU | {"cpus-per-gpu", "mem-per-cpu", "mem-per-gpu"}
 
 
 def submit(
@@ -33,12 +39,17 @@ def submit(
     this returns when they are sent. Every other executor (LocalExecutor, DebugExecutor) knows no dependencies: the
     arrays run one after the other, as many tasks at once as there are cores for, and this returns at their end.
 
-    profile: a name, path or Profile, whose resources, container and tasks_per_gpu are used. Without one the executor's
-    own parameters serve for every stage, and tasks run in the current environment.
-    Raises Incomplete when Slurm does not answer, another submission is at work, or the cluster takes no more jobs.
+    profile: a name, path or Profile, whose resources (GPUs too), container and tasks_per_gpu are used instead of the
+    executor's. Without one the executor's own parameters serve for every stage, so that ingest and the report hold a
+    GPU too where they ask for one, and tasks run in the current environment.
+    Raises UsageError when `executor` is none of submitit's, Incomplete when Slurm does not answer, another submission
+    is at work, or the cluster takes no more jobs, and BadInput for a path, a profile or a job that cannot be sent.
     """
-    from submitit import SlurmExecutor
+    from submitit import Executor, SlurmExecutor
 
+    if not isinstance(executor, Executor):
+        mend = 'give one of submitit\'s, for example submitit.AutoExecutor("slurm_logs", cluster="slurm")'
+        raise UsageError(f"{executor!r} is no executor", "cmrhpc.submit", mend)
     place = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
     known = load_profile(profile) if isinstance(profile, str | Path) else profile
     inner: Any = getattr(executor, "_executor", executor)  # AutoExecutor holds the one that it chose
@@ -48,6 +59,7 @@ def submit(
 
 
 def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) -> list[Job[str]]:
+    check_for_slurm(workspace.root)
     token = secrets.token_hex(4)
     used = profile or parse_profile("")
 
@@ -66,14 +78,14 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
                 profile=used.name,
                 time_limit_s=60 * minutes if isinstance(minutes, int) else 0,
                 memory=str(executor.parameters.get("mem") or ""),
-                gpus=used.resources(array.stage).gpus if profile else 0,
+                gpus=profile.gpus(array.stage) if profile else asked_gpus(executor.parameters),
                 depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
                 name=f"{array.name}-{token}",
             )
             variables = settings(workspace, profile, array.stage) if profile else {}
             return send_with(workspace, note, executor, variables)
 
-    sent = submit_all(workspace, used, slurm.limits(), send)
+    sent = submit_all(workspace, used, limits_for(used) if profile else slurm.limits(), send)
     return [job for _, jobs in sent for job in jobs]
 
 
@@ -106,9 +118,10 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
 @contextmanager
 def _changed(executor: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
     """The user's executor with other parameters for a while."""
-    before = dict(executor.parameters)
+    before, asked = dict(executor.parameters), dict(parameters)
     try:
-        executor.parameters.update(parameters)
+        executor.parameters.clear()
+        executor.parameters.update(asked)
         yield
     finally:
         executor.parameters.clear()
@@ -116,10 +129,24 @@ def _changed(executor: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
 
 
 def over(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for, over what the user's executor says: nothing that is not asked for takes anything away."""
+    """What is asked for, over what the user's executor says.
+
+    What is not asked for takes nothing away, but for GPUs: where a profile speaks, it alone says how many.
+    """
+    more = before.get("additional_parameters") or {}
+    if "gres" in asked:
+        before = {name: value for name, value in before.items() if name.replace("_", "-") not in _OF_A_PROFILE}
+        more = {name: value for name, value in more.items() if name.replace("_", "-") not in _OF_A_PROFILE}
     made = dict(before) | {name: value for name, value in asked.items() if value is not None or name not in before}
     for name in ("setup", "srun_args"):
         if name in asked:
             made[name] = [*(before.get(name) or ()), *asked[name]]
-    made["additional_parameters"] = {**(before.get("additional_parameters") or {}), **asked["additional_parameters"]}
+    made["additional_parameters"] = {**more, **asked["additional_parameters"]}
     return made | {"dependency": asked["dependency"]}
+
+
+def asked_gpus(parameters: Mapping[str, Any]) -> int:
+    """How many GPUs a job of an executor with these parameters holds."""
+    named = {**parameters, **(parameters.get("additional_parameters") or {})}
+    told = {name.replace("_", "-"): str(value) for name, value in named.items() if value is not None}
+    return gpu_count(told.get("gres", ""), [told[name] for name in sorted(_BY_GPU - {"gres"}) if name in told])

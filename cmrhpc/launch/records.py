@@ -62,6 +62,16 @@ def write_record(workspace: Workspace, stage: str, index: int, state: str, reaso
         files.atomic_write(record_path(workspace, stage, index), json.dumps(asdict(record)))
 
 
+def read_records(workspace: Workspace) -> list[tuple[str, int, Record]]:
+    """Stage, index and record of every task of which one can be read."""
+    found = []
+    for path in sorted((workspace.root / "logs").glob("*_*.json")):
+        stage, _, index = path.stem.rpartition("_")
+        if index.isdigit() and (record := read_record(path)):
+            found.append((stage, int(index), record))
+    return found
+
+
 def read_record(path: Path) -> Record | None:
     """The record, or None where there is none that can be read."""
     try:

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
+from cmrhpc.launch import slurm
 from cmrhpc.launch.arrays import TRAINING, Array
 from cmrhpc.launch.element import run_element
 from cmrhpc.launch.submissions import Submission, write_submission
+from cmrhpc.paths import check_for_bind
 from cmrhpc.profile import Profile, memory_text
 from cmrhpc.workspace import Workspace
 
@@ -31,33 +34,46 @@ if TYPE_CHECKING:
 
 # sbatch takes these from its environment before what the file says.
 _WIN = ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "TIMELIMIT", "WAIT")
-_FULL = ("submit limit", "temporarily unable", "Resource temporarily unavailable", "maximum number of jobs")
+_FULL = ("temporarily unable", "Resource temporarily unavailable", "maximum number of jobs")
+# Of too many jobs and of too large ones Slurm says the same sentence; newer versions name the limit before it.
+_POLICY = "Job violates accounting/QOS policy"
+_LIMIT = re.compile(r"\b(?:Assoc|QOS)\w+")
 
 
 def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, str]:
-    """The variables that task.sh takes from a profile. Raises BadInput for an image, or a torch, that is not there."""
+    """The variables that task.sh takes from a profile.
+
+    Raises BadInput for an image, or a torch, that is not there, and for a folder that Apptainer cannot bind.
+    """
     if not profile.container.image:
         no_torch = importlib.util.find_spec("torch") is None and not profile.environment.lines
         if stage in TRAINING and no_torch:
             mend = "name the image, or submit from an environment with cmrhpc[train]"
             raise BadInput("torch is not installed here", f"profile {profile.name} container.image", mend)
         return {}
-    image = Path(os.path.expandvars(profile.container.image)).expanduser().absolute()
+    image = Path(profile.container.image)
     where = f"profile {profile.name} container.image"
     if not image.exists():
         raise BadInput(f"no such image: {image}", where, "build it with containers/build.sh, or name its path")
     if not Path(f"{image}.sha256").is_file():
         mend = f"sha256sum {image} > {image}.sha256"
         raise BadInput(f"no checksum beside the image: {image}.sha256", where, mend)
-    binds = [os.path.expandvars(bind) for bind in profile.container.binds]
+    check_for_bind(workspace.root.resolve())
+    binds = list(profile.container.binds)
+    for folder in read_elsewhere(workspace, stage):
+        check_for_bind(folder)
+        binds.append(str(folder))
+    found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
+    return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
+
+
+def read_elsewhere(workspace: Workspace, stage: str) -> list[Path]:
+    """Folders outside the workspace that tasks of a stage read, links followed."""
     read = [workspace.raw] if stage == "ingest" else []
     if stage == "synthesize":
         read += [workspace.external(name) for name, one in workspace.study.generators.items() if one.external]
-    for folder in dict.fromkeys(path.resolve() for path in read):
-        if not folder.is_relative_to(workspace.root.resolve()):
-            binds.append(str(folder))
-    found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
-    return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
+    folders = dict.fromkeys(path.resolve() for path in read)
+    return [folder for folder in folders if not folder.is_relative_to(workspace.root.resolve())]
 
 
 def dependency(array: Array, jobs: Mapping[str, str]) -> str | None:
@@ -84,22 +100,23 @@ def parameters(
     workspace: Workspace, array: Array, profile: Profile, token: str, depends_on: str | None
 ) -> dict[str, Any]:
     """Everything that SlurmExecutor is told for one array."""
-    slurm, ask = profile.slurm, array.ask
+    common, ask = profile.slurm_of(array.stage), array.ask
     own = own_parameters(workspace, array, token, depends_on)
-    for option in slurm.options:
+    for option in common.options:
         name, sign, value = option.removeprefix("--").partition("=")
         own["additional_parameters"][name] = value if sign else True
     return own | {
-        "partition": slurm.partition or None,
-        "account": slurm.account or None,
-        "qos": slurm.qos or None,
-        "constraint": slurm.constraint or None,
+        "partition": common.partition or None,
+        "account": common.account or None,
+        "qos": common.qos or None,
+        "constraint": common.constraint or None,
         "time": ask.seconds // 60,
         "cpus_per_task": ask.cpus,
         "mem": memory_text(ask.memory),
         "gres": ask.gres or None,
+        "gpus_per_node": ask.gpus or None,
         "ntasks_per_node": 1,
-        "signal_delay_s": slurm.signal_seconds,
+        "signal_delay_s": common.signal_seconds,
         "array_parallelism": len(array.elements),
         "stderr_to_stdout": True,
         "wckey": None,  # submitit's own default, which a cluster that checks them refuses
@@ -173,7 +190,7 @@ def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs:
         profile=profile.name,
         time_limit_s=array.ask.seconds,
         memory=memory_text(array.ask.memory),
-        gpus=profile.resources(array.stage).gpus,
+        gpus=profile.gpus(array.stage),
         depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
         name=f"{array.name}-{token}",
     )
@@ -206,8 +223,7 @@ def send_with(
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         note.unlink(missing_ok=True)
         said = " ".join(str(error).split()) or type(error).__name__
-        if any(words in said for words in _FULL):
-            mend = "when some have ended, the same command goes on"
+        if mend := _when_full(said):
             raise Incomplete(f"the cluster takes no more jobs now: {said}", asked.name, mend) from None
         mend = "mend the profile; `cmrhpc submit --dry-run` shows the file and Slurm's answer"
         raise BadInput(f"Slurm refuses the job: {said}", f"{asked.name}, profile {asked.profile}", mend) from None
@@ -215,6 +231,21 @@ def send_with(
     write_submission(workspace, dataclasses.replace(asked, job=job))
     note.unlink(missing_ok=True)
     return found
+
+
+def _when_full(said: str) -> str:
+    """How to go on where sbatch refuses a job because there are too many; empty where it is the job that is wrong."""
+    goes_on = "when some have ended, the same command goes on"
+    if any(words in said for words in _FULL):
+        return goes_on
+    if _POLICY not in said:
+        return ""
+    if limits := _LIMIT.findall(said):
+        return goes_on if any("SubmitJob" in limit for limit in limits) else ""
+    own = slurm.queue()
+    if own is not None and all(element.ended for element in own.values()):
+        return ""  # nothing of this user is queued, so it is hardly their number
+    return f"{goes_on}; or the profile asks for more than the account or QOS allows: see --dry-run"
 
 
 def asked_path(workspace: Workspace, name: str) -> Path:

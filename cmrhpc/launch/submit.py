@@ -21,6 +21,7 @@ from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, More, plan_arrays
 from cmrhpc.launch.estimate import Expected, expected
+from cmrhpc.launch.records import RUNNING, STOPPED, read_records
 from cmrhpc.launch.send import asked_path, dependency, script, settings, undisturbed
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
 from cmrhpc.plan import STAGES
@@ -50,17 +51,24 @@ class Proposal:
 
 @dataclass
 class Queue:
-    """What Slurm says of this workspace. tasks: (stage, index) -> job that holds it, waiting or running."""
+    """What Slurm says of this workspace.
+
+    tasks: (stage, index) -> job that holds it, waiting or running. doubtful: jobs that have a stage's name, as those of
+    plain sbatch have, and of which nothing tells for which workspace they are.
+    """
 
     submissions: list[Submission]
     elements: dict[str, slurm.Element]
     tasks: dict[tuple[str, int], str]
+    doubtful: tuple[str, ...] = ()
 
 
 def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
     """Which tasks are waiting or running. Raises Incomplete when Slurm does not answer: then nothing is known.
 
-    claimed: this process holds the claim; otherwise what a killed submission left is noted if nobody holds it.
+    Where Slurm is not installed and nothing was sent there is nothing to know.
+    claimed: this process holds the claim and is about to send; otherwise what a killed submission left is noted if
+    nobody holds it.
     """
     if claimed:
         _adopt(workspace)
@@ -68,9 +76,13 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
         with contextlib.suppress(Incomplete), claim.hold(claim_folder(workspace)):
             _adopt(workspace)
     submissions = read_submissions(workspace)
-    elements = slurm.queue({s.job for s in submissions})
-    if elements is None:
+    if not slurm.installed() and not submissions and not claimed:
+        return Queue([], {}, {})
+    own = slurm.queue()
+    others = slurm.queue({s.job for s in submissions} - _jobs(own or {}))  # of who shares the workspace, or long ended
+    if own is None or others is None:
         raise _silent()
+    elements = own | others
     found, tasks = {}, {}
     for submission in submissions:
         for k, indices in enumerate(submission.elements):
@@ -81,7 +93,34 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
             found[key] = elements[key]
             if not elements[key].ended:
                 tasks.update({(submission.stage, index): submission.job for index in indices})
-    return Queue(submissions, found, tasks)
+    rest = {key: e for key, e in own.items() if key not in found and not e.ended}
+    plain = _sent_by_others(workspace, rest)
+    told = set(plain.values())
+    doubtful = {job: None for key, e in rest.items() if e.name in STAGES and (job := key.partition("_")[0]) not in told}
+    return Queue(submissions, found, plain | tasks, tuple(doubtful))
+
+
+def _jobs(elements: Mapping[str, slurm.Element]) -> set[str]:
+    return {key.partition("_")[0] for key in elements}
+
+
+def _sent_by_others(workspace: Workspace, elements: Mapping[str, slurm.Element]) -> dict[tuple[str, int], str]:
+    """Tasks of jobs that were not sent by `cmrhpc submit`, as far as the tasks' own records tell.
+
+    One record tells of a whole array of plain sbatch: the distance from element to task is the same for all.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for stage, index, record in read_records(workspace) if elements else ():
+        element = elements.get(record.key)
+        if element and (record.state == RUNNING or (record.state == STOPPED and element.waits)):
+            found[stage, index] = record.job
+        if not record.element.isdigit():
+            continue
+        for key, other in elements.items():
+            job, _, number = key.partition("_")
+            if job == record.job and number.isdigit() and other.name == stage:
+                found.setdefault((stage, index + int(number) - int(record.element)), job)
+    return found
 
 
 def _silent() -> Incomplete:
@@ -137,10 +176,26 @@ def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.
     if any(missing[stage] for stage in STAGES if stage != "aggregate"):
         missing["aggregate"] = list(states["aggregate"])  # made anew, after the one that may be queued
     more, notes = more_for_what_lacked_it(missing, queue, profile)
+    notes += [doubt for doubt in [_doubt(queue)] if doubt and any(missing.values())]
     arrays = plan_arrays(missing, profile, queued=held, more=more, max_elements=max_elements(limits))
     n_queued = sum(1 for stage in states for s in states[stage] if not s.done and (stage, s.index) in queue.tasks)
     done = sum(s.done for found in states.values() for s in found)
     return Proposal(arrays, expected(workspace, arrays, states, profile), n_queued, done, notes)
+
+
+def _doubt(queue: Queue) -> str:
+    if not queue.doubtful:
+        return ""
+    jobs = ", ".join(queue.doubtful[:3]) + (" and more" if len(queue.doubtful) > 3 else "")
+    return f"in the queue by plain sbatch, perhaps for this workspace: job {jobs}; its tasks would run twice"
+
+
+def limits_for(profile: Profile) -> slurm.Limits:
+    """What the cluster allows, for the narrowest of the accounts and qualities of service that the profile names."""
+    named = dict.fromkeys((common.account, common.qos) for common in map(profile.slurm_of, STAGES))
+    found = [slurm.limits(*pair) for pair in named]
+    most = min((limits.max_submit for limits in found if limits.max_submit is not None), default=None)
+    return dataclasses.replace(found[0], max_submit=most)
 
 
 def max_elements(limits: slurm.Limits) -> int:
@@ -243,6 +298,7 @@ def describe(array: Array, jobs: Mapping[str, str] | None = None) -> str:
     tasks = f"{n} task{'s' * (n > 1)}" + (f" in {elements} elements" if elements < n else "")
     ask = array.ask
     parts = [tasks, time_text(ask.seconds), memory_text(ask.memory), f"{ask.cpus} cpus", ask.gres]
+    parts += [f"gpus {ask.gpus}"] if ask.gpus else []
     waits = dependency(array, jobs or {})
     return ", ".join(filter(None, parts)) + (f", {waits}" if waits else "")
 

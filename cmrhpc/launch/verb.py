@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cmrhpc.errors import BadInput, UsageError
-from cmrhpc.launch import slurm
 from cmrhpc.launch.arrays import Array
 from cmrhpc.launch.estimate import table
 from cmrhpc.launch.send import send, settings
-from cmrhpc.launch.submit import Proposal, as_json, ask_queue, describe, dry_run, propose, submit_all
+from cmrhpc.launch.submit import Proposal, as_json, ask_queue, describe, dry_run, limits_for, propose, submit_all
+from cmrhpc.paths import check_for_slurm
 from cmrhpc.profile import Profile, load_profile
 from cmrhpc.workspace import Workspace
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def submit(root: str, profile_name: str, dry: bool, yes: bool, json_wanted: bool) -> int:
     """Everything missing in a workspace, on Slurm. Returns the exit code; raises what it cannot do."""
     workspace, profile = Workspace(root), load_profile(profile_name)
-    limits = slurm.limits(profile.slurm.account, profile.slurm.qos)
+    check_for_slurm(workspace.root)
+    limits = limits_for(profile)
     proposal = propose(workspace, profile, ask_queue(workspace), limits)
     if dry:
         return _dry_run(workspace, profile, proposal, json_wanted)

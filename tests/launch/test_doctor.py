@@ -73,6 +73,34 @@ def test_profile_that_asks_for_what_is_not_there(program: Put, tmp_path: Path) -
     )
 
 
+def test_each_stage_is_held_against_its_own_partitions(program: Put, tmp_path: Path) -> None:
+    kinds = "echo 'gpu*|up|8:00:00|3|gpu:a100:4'; echo 'cpu|up|1:00:00|9|(null)'; echo 'long|up|infinite|9|(null)'"
+    program("sinfo", f"[ $1 = --version ] && echo slurm 23.02.7 || {{ {kinds}; }}")
+    program("scontrol", "echo Configuration data as of 1000")
+    path = tmp_path / "here.toml"
+    path.write_text(
+        '[stages.ingest]\npartition = "cpu"\n[stages.synthesize]\npartition = "gpu,long"\n'
+        '[stages.refine]\npartition = "cpu,long"\n[stages.classify]\ngpus = "v100:1"\n'
+        '[stages.aggregate]\npartition = "elsewhere"\n'
+    )
+    wrong = [finding["what"] for finding in cluster.slurm_findings(load_profile(path)) if "profile" in finding["what"]]
+    assert wrong == [
+        "profile here: there is no partition elsewhere",
+        "profile here: ingest asks for 02:00:00, partition cpu gives 1:00:00",
+        "profile here: refine asks for a GPU, partition cpu,long has none",
+        "profile here: classify asks for GPU type v100, partition gpu has a100",
+    ]
+
+
+def test_folders_to_bind_that_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    path = tmp_path / "mine.toml"
+    path.write_text('[container]\nimage = "x.sif"\nbinds = ["here:/x", "nowhere:/y:ro"]\n')
+    (finding,) = [f for f in cluster.container_findings(load_profile(path)) if "binds" in f["what"]]
+    assert finding["what"] == f"profile mine: {tmp_path}/nowhere of binds is not here"
+    assert "no container starts" in finding["mend"]
+
+
 def test_image_and_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "cmrhpc.sif"
     monkeypatch.setenv("CMRHPC_CONTAINER", str(image))

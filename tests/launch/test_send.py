@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cmrhpc.cli import main
 from cmrhpc.errors import BadInput
 from cmrhpc.launch.arrays import Array, Ask
-from cmrhpc.launch.executors import over
+from cmrhpc.launch.cluster import path_findings
+from cmrhpc.launch.executors import asked_gpus, over
 from cmrhpc.launch.send import dependency, own_parameters, parameters, script, settings
 from cmrhpc.profile import Profile, parse_profile
 from cmrhpc.workspace import Workspace
@@ -45,6 +48,10 @@ ARRAYS = {
     "classify": (
         "[stages.classify]\ntasks_per_gpu = 2\n",
         Array("classify-r0f1", "classify", ((5, 6), (7,)), Ask(21600, 4, 32768, "gpu:1"), ("12", "13"), ("11",)),
+    ),
+    "refine": (
+        '[slurm]\npartition = "cpu"\naccount = "heart"\n[stages.refine]\npartition = "gpu,long"\ngpus = "a100:1"\n',
+        Array("refine-r0f1", "refine", ((2,), (3,)), Ask(21600, 2, 8192, "", "a100:1"), ("12",), ("11",)),
     ),
     "aggregate": ("", Array("aggregate", "aggregate", ((0,),), Ask(3600, 2, 8192, ""), ("14", "15"))),
 }
@@ -116,6 +123,89 @@ def test_synthesize_sees_external_images_that_lie_elsewhere(tmp_path: Path, stud
     workspace = Workspace(tmp_path / "ws")
     assert settings(workspace, with_image(tmp_path), "synthesize")["APPTAINER_BIND"] == f"{tmp_path}/made"
     assert "APPTAINER_BIND" not in settings(workspace, with_image(tmp_path), "classify")
+
+
+def make(place: Path, study_text: str) -> Workspace:
+    place.mkdir(parents=True)
+    (place / "study.toml").write_text(study_text)
+    return Workspace(place)
+
+
+@pytest.mark.parametrize(("name", "words"), [("a\nb", "control"), ("p%j", "gives % in"), ("a\\b", "gives \\ in")])
+def test_a_path_that_slurm_would_misread_is_refused(
+    tmp_path: Path, study_text: str, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    place = make(tmp_path / name, study_text).root
+    (tmp_path / "mine.toml").write_text('[environment]\nlines = ["true"]\n')
+    assert main(["submit", str(place), "--profile", str(tmp_path / "mine.toml"), "--dry-run"]) == 3
+    assert words in capsys.readouterr().err
+    (finding,) = path_findings(place, None)
+    assert words in finding["what"]
+    assert not path_findings(make(tmp_path / "a b's", study_text).root, None)
+
+
+def test_a_workspace_is_not_made_where_it_could_not_be_sent_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["phantom", str(tmp_path / "raw"), "--patients", "4"]) == 0
+    init = ["init", str(tmp_path / "a\nb"), "--study", "demo", "--raw", str(tmp_path / "raw")]
+    assert main(init) == 3
+    assert "control characters" in capsys.readouterr().err
+    assert not (tmp_path / "a\nb").exists()
+
+
+@pytest.mark.parametrize(
+    ("workspace", "raw", "external", "stage"),
+    [
+        ("a:b", "raw", "made", "classify"),
+        ("a,b", "raw", "made", "classify"),
+        ("ws", "../r:aw", "made", "ingest"),
+        ("ws", "raw", "../ma,de", "synthesize"),
+    ],
+)
+def test_a_path_that_apptainer_would_cut_is_refused(
+    tmp_path: Path, study_text: str, workspace: str, raw: str, external: str, stage: str
+) -> None:
+    for name in ("cmrhpc.sif", "cmrhpc.sif.sha256"):
+        (tmp_path / name).touch()
+    text = study_text.replace('raw = "raw"', f'raw = "{raw}"') + f'[generators.a]\nexternal = "{external}"\n'
+    place = make(tmp_path / workspace, text)
+    with pytest.raises(BadInput, match="Apptainer cannot bind a path with"):
+        settings(place, with_image(tmp_path), stage)
+    (finding,) = path_findings(place.root, with_image(tmp_path))
+    assert "Apptainer cannot bind" in finding["what"]
+    script(place, ARRAYS["ingest"][1], parse_profile(""), "0a1b2c3d", None)  # without an image nobody minds
+    assert not path_findings(place.root, parse_profile(""))
+
+
+def test_a_profile_alone_says_how_many_gpus(workspace: Workspace) -> None:
+    own = {
+        "gpus_per_node": 4,
+        "mem_per_gpu": "9G",
+        "exclude": "n7",
+        "additional_parameters": {"gpus-per-task": 1, "x": 1},
+    }
+    for name, gpus in (("ingest", 0), ("synthesize", 1), ("refine", 1)):
+        text, array = ARRAYS[name]
+        made = over(own, parameters(workspace, array, parse_profile(text), "0a1b2c3d", None))
+        assert asked_gpus(made) == gpus
+        assert not {"mem_per_gpu", "num_gpus", "gpus_per_task"} & set(made)
+        assert (made["exclude"], made["additional_parameters"]["x"]) == ("n7", 1)
+    assert asked_gpus(over(own, own_parameters(workspace, array, "0a1b2c3d", None))) == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "gpus"),
+    [
+        ({"time": 5, "gpus_per_node": None}, 0),
+        ({"gpus_per_node": 1}, 1),
+        ({"gpus_per_task": "a100:2"}, 2),
+        ({"gres": "gpu:a100:2"}, 2),
+        ({"additional_parameters": {"gpus-per-node": 3}}, 3),
+    ],
+)
+def test_gpus_of_an_executor(own: dict[str, Any], gpus: int) -> None:
+    assert asked_gpus(own) == gpus
 
 
 def test_a_profile_takes_nothing_from_the_users_own_executor(workspace: Workspace) -> None:

@@ -4,6 +4,7 @@ does not answer and a number that came back cannot be had from a real one at wil
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cmrhpc.errors import Incomplete
-from cmrhpc.launch import submit
+import cmrhpc
+from cmrhpc import files
+from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
+from cmrhpc.launch import records, submit
+from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Limits
 from cmrhpc.launch.submissions import Submission, write_submission
 from cmrhpc.plan import COHORT, Task
@@ -37,11 +41,104 @@ def ready(workspace: Workspace) -> Workspace:
     return workspace
 
 
-def test_silence_of_slurm_stops_a_submission(ready: Workspace, program: Put) -> None:
-    write_submission(ready, SENT)
+@pytest.mark.parametrize("first", [True, False])
+def test_silence_of_slurm_stops_a_submission(ready: Workspace, program: Put, first: bool) -> None:
+    if not first:
+        write_submission(ready, SENT)
     program("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(Incomplete, match="Slurm does not answer"):
         propose(ready)
+
+
+def test_without_slurm_files_can_be_shown_and_nothing_be_sent(
+    ready: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert propose(ready).tasks == 19
+    with pytest.raises(Incomplete, match="Slurm does not answer"):
+        submit.submit_all(ready, parse_profile(""), Limits(), lambda array, jobs: pytest.fail("sent"))
+
+
+def test_jobs_of_who_shares_the_workspace_are_left_out(ready: Workspace, program: Put) -> None:
+    write_submission(ready, SENT)
+    program("squeue", "[[ $* = *--me* ]] || echo '7_1|PENDING|Priority||/x|classify-real-aa|c'")
+    program("sacct", "exit 1")
+    assert propose(ready).queued == 2
+
+
+def note(workspace: Workspace, index: int, state: str, element: str) -> None:
+    record = Record(state, host="n1", pid=1, start="1", time=1e9, job="40", element=element)
+    files.atomic_write(records.record_path(workspace, "classify", index), json.dumps(dataclasses.asdict(record)))
+
+
+def test_plain_sbatch_is_left_out_where_a_record_tells(ready: Workspace, program: Put) -> None:
+    """Elements 0 to 2 are the tasks 4 to 6: the second has begun, and the first has ended."""
+    rows = ["40_0|FAILED|None|n1", "40_1|RUNNING|None|n1", "40_2|PENDING|Priority|"]
+    program("squeue", "; ".join(f"echo '{row}|/x|classify|(null)'" for row in rows))
+    program("sacct", "exit 1")
+    before = propose(ready)
+    assert before.queued == 0
+    assert before.notes == [
+        "in the queue by plain sbatch, perhaps for this workspace: job 40; its tasks would run twice"
+    ]
+    note(ready, 5, records.RUNNING, "1")
+    found = propose(ready)
+    assert submit.ask_queue(ready).tasks == {("classify", 5): "40", ("classify", 6): "40"}
+    assert (found.queued, found.notes) == (2, [])
+    (report,) = [array for array in found.arrays if array.stage == "aggregate"]
+    assert "40" in report.after  # it waits for what was sent by hand too
+
+
+def test_of_a_job_of_another_name_only_what_it_runs_now_is_left_out(ready: Workspace, program: Put) -> None:
+    program("squeue", 'for k in 0 1 2; do echo "40_$k|RUNNING|None|n1|/x|my-own|(null)"; done')
+    note(ready, 4, records.FAILED, "0")
+    note(ready, 5, records.RUNNING, "1")
+    note(ready, 6, records.STOPPED, "2")
+    assert submit.ask_queue(ready).tasks == {("classify", 5): "40"}
+    program("squeue", "echo '40_2|PENDING|BeginTime||/x|my-own|(null)'")
+    assert submit.ask_queue(ready).tasks == {("classify", 6): "40"}
+
+
+POLICY = (
+    "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+)
+OTHER = "echo '3|PENDING|Priority||/x|somebody|(null)'"
+
+
+@pytest.mark.parametrize(
+    ("said", "queue", "kind", "words"),
+    [
+        # Slurm 24.11 names the limit, as here; older ones do not, and the queue tells how likely it is.
+        (f"sbatch: error: QOSMaxWallDurationPerJobLimit\n{POLICY}", OTHER, BadInput, "QOSMaxWallDuration"),
+        (f"sbatch: error: AssocMaxSubmitJobLimit\n{POLICY}", "true", Incomplete, "the same command goes on"),
+        (POLICY, "true", BadInput, "mend the profile"),
+        (POLICY, OTHER, Incomplete, "or the profile asks for more than the account or QOS allows"),
+        ("Slurm temporarily unable to accept job, sleeping and retrying", "true", Incomplete, "goes on"),
+        ("Invalid partition name specified", OTHER, BadInput, "mend the profile"),
+    ],
+)
+def test_a_job_that_is_too_large_is_not_taken_for_one_too_many(
+    ready: Workspace, program: Put, tmp_path: Path, said: str, queue: str, kind: type[CmrhpcError], words: str
+) -> None:
+    from submitit import AutoExecutor
+
+    program("srun", "exit 0")
+    program("squeue", queue)
+    program("sbatch", f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
+    with pytest.raises(CmrhpcError) as raised:
+        cmrhpc.submit(ready, AutoExecutor(tmp_path / "logs", cluster="slurm"))
+    assert type(raised.value) is kind
+    assert words in str(raised.value)
+    assert "sent:  0 of 19 tasks" in str(raised.value)
+    assert not [*(ready.root / "submissions").rglob("asked/*")]
+
+
+def test_the_narrowest_account_limits_the_arrays(program: Put) -> None:
+    program("scontrol", "exit 1")
+    program("sacctmgr", "[[ $* = *assoc* ]] && echo 'heart|50||'; echo 'cpu|8||'")
+    text = '[slurm]\naccount = "heart"\n[stages.ingest]\naccount = "cpu"\n'
+    assert submit.limits_for(parse_profile('[slurm]\naccount = "heart"\n')).max_submit == 50
+    assert submit.limits_for(parse_profile(text)).max_submit == 8
 
 
 def test_queued_tasks_are_left_out_unless_the_number_is_of_another_job(ready: Workspace, program: Put) -> None:
