@@ -17,6 +17,7 @@ import pytest
 from tests.cluster import image, login
 from tests.cluster.conftest import make_study
 from tests.cluster.node import Node
+from tests.cluster.study import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 TASKS = {"ingest": 1, "synthesize": 4, "refine": 4, "classify": 10, "aggregate": 1}
@@ -265,8 +266,8 @@ def test_plain_sbatch_with_an_offset_reaches_every_task(narrow_node: Node) -> No
     assert "Invalid job array" in refused.stderr
     assert "MaxArraySize of this cluster is 4" in refused.stderr
     line = (
-        "cmrhpc plan plain --stage classify --array --offset | while read -r range offset; do "
-        "CMRHPC_OFFSET=$offset sbatch --gres=none --mem=1G --array=$range /tree/slurm/classify.sbatch plain; done"
+        "cmrhpc plan plain --stage classify --array --offset | while read -r range offset; do sbatch --gres=none "
+        "--mem=1G --export=PATH,CMRHPC_SLURM --array=$range /tree/slurm/classify.sbatch plain $offset; done"  # no other variable
     )
     assert node.run(line, env=here).stdout.count("Submitted") == 3
     wait_for_all(node)
@@ -274,6 +275,35 @@ def test_plain_sbatch_with_an_offset_reaches_every_task(narrow_node: Node) -> No
     assert set(logs) == {f"classify_{i}.log" for i in range(10)}
     titles = {re.search(r"cmrhpc: (.*): its input is not there", text)[1] for text in logs.values()}  # type: ignore[index]
     assert len(titles) == 10
+
+
+def test_plain_sbatch_that_has_begun_is_left_out(narrow_node: Node) -> None:
+    node = narrow_node
+    make(node, "mixed")
+    write_profile(node, profile(lines='"true"'))
+    work = "#!/bin/bash\ncmrhpc task mixed --stage classify --index $((SLURM_ARRAY_TASK_ID + 4)); sleep 600\n"
+    line = ["sbatch", "--parsable", "--job-name=classify", "--array=0-2%1", "--mem=1G", "--output=/dev/null"]
+    job = node.run([*line, "--hold"], input=work, env=login.HERE).stdout.strip()
+    _, told, _ = submit(node, "mixed", "--dry-run")
+    assert told["queued"] == 0
+    assert f"perhaps for this workspace: job {job}; its tasks would run twice" in told["notes"][0]
+    node.run(["scontrol", "release", job])
+    eventually(lambda: (node.shared / "mixed/logs/classify_4.json").exists())
+    _, told, _ = submit(node, "mixed", "--dry-run")
+    assert (told["queued"], told["notes"]) == (3, [])
+    assert told["stages"]["classify"]["tasks"] == 7
+    node.run(["scancel", job])
+
+
+def test_an_empty_range_runs_nothing(narrow_node: Node) -> None:
+    """sbatch takes it, for a job that is no array."""
+    node = narrow_node
+    make(node, "empty")
+    line = "sbatch --parsable --array= --gres=none --mem=1G --output=empty.out /tree/slurm/classify.sbatch empty"
+    job = node.run(line, env={**login.HERE, "CMRHPC_SLURM": "/tree/slurm"}).stdout.strip()
+    assert node.wait(job) == {"FAILED"}
+    assert "empty --array" in (node.shared / "empty.out").read_text()
+    assert not (node.shared / "empty/logs").exists()
 
 
 def test_every_file_is_shown_and_accepted(narrow_node: Node) -> None:
@@ -387,9 +417,19 @@ def test_out_of_time_asks_for_more(narrow_node: Node) -> None:
 
 def test_when_the_cluster_takes_no_more_the_same_command_goes_on(tmp_path: Path) -> None:
     binds = [b for b in image.binds(Path("/nowhere/x")) if b.target != "/images"]
-    with Node(shared=tmp_path, binds=[*binds, login.login()], conf={"AccountingStorageEnforce": "limits"}) as node:
+    with Node(shared=tmp_path, binds=[*binds, login.login()], conf={"AccountingStorageEnforce": "limits,qos"}) as node:
         add = "sacctmgr --immediate add"
         node.run(f"{add} account study; {add} user hpc account=study maxsubmitjobs=8", user="root")
+        # A limit that no waiting mends is told by the same words of Slurm's, and is not taken for one that it does.
+        node.run(f"{add} qos brief flags=DenyOnLimit maxwall=00:10:00", user="root")
+        node.run("sacctmgr --immediate modify user hpc set qos+=brief", user="root")
+        make(node, "brief")
+        write_profile(node, profile(lines='"true"', slurm='qos = "brief"'))
+        code, _, complaint = submit(node, "brief", "--yes", check=False)
+        assert code == 3
+        assert "QOSMaxWallDurationPerJobLimit" in complaint
+        assert "sent:  0 of 20 tasks" in complaint
+
         make(node, "full")
         write_profile(node, profile(lines='"true"', slurm='options = ["--begin=now+1hour"]'))
         code, _, complaint = submit(node, "full", "--yes", check=False)
