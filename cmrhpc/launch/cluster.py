@@ -217,12 +217,13 @@ def path_findings(workspace: Path, profile: Profile | None) -> list[Finding]:
         with contextlib.suppress(BadInput):  # a folder that is no workspace yet
             known = Workspace(workspace)
             bound += [*read_elsewhere(known, "ingest"), *read_elsewhere(known, "synthesize")]
-    found = []
+    found: list[Finding] = []
     for check, path in [(check_for_slurm, workspace.absolute()), *((check_for_bind, path) for path in bound)]:
         try:
             check(path)
         except BadInput as error:
-            found.append(finding(False, f"{error.where}: {error.what}", error.mend))
+            told = finding(False, f"{error.where}: {error.what}", error.mend)
+            found += [told] if told not in found else []
     return found
 
 

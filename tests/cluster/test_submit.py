@@ -265,9 +265,9 @@ def test_plain_sbatch_with_an_offset_reaches_every_task(narrow_node: Node) -> No
     )
     assert "Invalid job array" in refused.stderr
     assert "MaxArraySize of this cluster is 4" in refused.stderr
-    line = (
+    line = (  # no other variable reaches the job
         "cmrhpc plan plain --stage classify --array --offset | while read -r range offset; do sbatch --gres=none "
-        "--mem=1G --export=PATH,CMRHPC_SLURM --array=$range /tree/slurm/classify.sbatch plain $offset; done"  # no other variable
+        "--mem=1G --export=PATH,CMRHPC_SLURM --array=$range /tree/slurm/classify.sbatch plain $offset; done"
     )
     assert node.run(line, env=here).stdout.count("Submitted") == 3
     wait_for_all(node)
@@ -309,10 +309,11 @@ def test_an_empty_range_runs_nothing(narrow_node: Node) -> None:
 def test_every_file_is_shown_and_accepted(narrow_node: Node) -> None:
     node = narrow_node
     make(node, "dry")
-    write_profile(node, profile(lines='"true"'))
+    write_profile(node, profile(lines='"true"', more='gpus = "tesla:1"\npartition = "urgent,gpu"\n'))
     code, told, _ = submit(node, "dry", "--dry-run")
     assert code == 0
     assert [file["accepted"] for file in told["scripts"]] == [True] * len(told["arrays"])
+    assert "#SBATCH --gpus-per-node=tesla:1\n" in told["scripts"][-2]["script"]
     assert not (node.shared / "dry/submissions").exists()
     assert node.run(["squeue", "--noheader"]).stdout == ""
 
