@@ -92,6 +92,19 @@ def test_operations_of_a_generation_are_counted() -> None:
     assert training._flops(Evolution(g, d, workers=1), draws) > 10**6
 
 
+def test_images_that_something_else_made_cost_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"step_s": 1.0, "log_s": 0.0, "sample_s": 0.0, "before_s": 0.0, "after_s": 0.0, "import_s": 0.0}
+    monkeypatch.setattr(predict, "_in_children", lambda *told: costs)
+    study = made.study(arms="none dae-gan:3", k=2)
+    elsewhere = dataclasses.replace(study.generators["dae-gan"], external="elsewhere")
+    found = [
+        predict.predict(dataclasses.replace(study, generators={"dae-gan": generator}), None, 1, 0.0)["stages"]
+        for generator in (study.generators["dae-gan"], elsewhere)
+    ]
+    assert [list(stages) for stages in found] == [["synthesize", "classify"], ["classify"]]
+    assert found[0]["classify"] == found[1]["classify"]
+
+
 @pytest.mark.slow
 def test_real_steps_of_every_kind_of_task_are_measured() -> None:
     study = made.study(arms="none dae-gan:3 dae-gan+simgan:1", k=2, repeats=1)
