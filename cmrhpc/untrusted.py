@@ -81,17 +81,18 @@ def check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
     for name in file:
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise refused(path, f'"{name}" is a link')
-        if file.get(name, getclass=True) is not h5py.Dataset:
-            raise refused(path, f'"{name}" is no dataset')
         data = file[name]
-        kind = data.dtype
-        if data.is_virtual or data.external or data.id.get_create_plist().get_external_count():
+        if not isinstance(data, h5py.Dataset):
+            raise refused(path, f'"{name}" is no dataset')
+        kind, stored = data.dtype, data.id.get_create_plist()
+        layout = stored.get_layout()
+        if layout == h5py.h5d.VIRTUAL or stored.get_external_count():
             raise refused(path, f'"{name}" keeps its data elsewhere')
         if (kind.kind != "S" and kind.str[1:] not in KINDS) or kind.itemsize == 0:
             raise refused(path, f'"{name}" has the type {kind}')
         if data.shape is None:
             raise refused(path, f'"{name}" has no shape')
-        if data.chunks is not None or max((data.nbytes, *data.shape)) > min(size, MAX_DATASET_BYTES):
+        if layout == h5py.h5d.CHUNKED or max((data.nbytes, *data.shape)) > min(size, MAX_DATASET_BYTES):
             raise refused(path, f'"{name}" declares {data.nbytes} bytes in a file of {size}')
         shapes[name] = data.shape
     return shapes
@@ -100,11 +101,13 @@ def check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
 def read_told(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What a shard says of itself, each part of its type. Raises BadInput when one is missing. shapes: its datasets."""
 
+    attributes = file.attrs
+
     def value(name: str) -> Any:
         stored = f"header_{name}"
         if stored in shapes:
             return file[stored][()]
-        return file.attrs[name]
+        return attributes[name]
 
     try:
         told: dict[str, Any] = {"seed": int(value("seed"))}
@@ -117,7 +120,7 @@ def read_told(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]
         content = json.loads(value("attributes"))
         told["attributes"] = {name: json.loads(value(name)) for name in content}
         known = {"seed", "attributes", *_TEXTS, *_OBJECTS, *content}
-        told["info"] = {name: _plain(value(name)) for name in file.attrs if name not in known}
+        told["info"] = {name: _plain(value(name)) for name in attributes if name not in known}
     except (KeyError, ValueError, AttributeError, OSError, TypeError, RecursionError) as error:
         raise refused(path, f"its attributes are not those of a shard ({error})") from None
     return told

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,18 @@ class Entry:
     inputs: dict[str, str]
     seconds: float  # what its task took, of the last try alone; 0 where unknown
     job: str  # the element of a job array that wrote it, as Slurm calls it (12_3); empty otherwise
+
+
+def entry_of(header: shards.Header, inode: int = 0) -> Entry:
+    """What the index remembers of a shard that has been read."""
+    task = shards.sha256_of(header.task)
+    told = header.info.get("seconds")
+    seconds = float(told) if isinstance(told, int | float) and 0 <= told < 1e9 else 0.0
+    names = ("slurm_array_job_id", "slurm_array_task_id")
+    job = "_".join(str(header.info[name]) for name in names if name in header.info)
+    job = job if _ELEMENT.fullmatch(job) else ""
+    hashes = header.content_sha256, header.settings_sha256
+    return Entry(inode, *hashes, header.seed, task, header.inputs, seconds, job)
 
 
 @dataclass(frozen=True)
@@ -190,14 +203,7 @@ class Workspace:
             header = shards.read_header(self.path(name))
         except (CmrhpcError, OSError):
             return None  # damaged or just being replaced: not done
-        task = shards.sha256_of(header.task)
-        told = header.info.get("seconds")
-        seconds = float(told) if isinstance(told, int | float) and 0 <= told < 1e9 else 0.0
-        names = ("slurm_array_job_id", "slurm_array_task_id")
-        job = "_".join(str(header.info[name]) for name in names if name in header.info)
-        job = job if _ELEMENT.fullmatch(job) else ""
-        hashes = header.content_sha256, header.settings_sha256
-        return Entry(inode, *hashes, header.seed, task, header.inputs, seconds, job)
+        return entry_of(header, inode)
 
     # ---------------------------------------------------------------- what is done
 
@@ -215,10 +221,11 @@ class Judge:
 
     check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
     onto a shard (same inode) would not change.
+    read: what shards said that the caller has just read whole, so that they are not read again.
     """
 
-    def __init__(self, workspace: Workspace, check: bool = False):
-        self.workspace, self.study, self.check = workspace, workspace.study, check
+    def __init__(self, workspace: Workspace, check: bool = False, read: Mapping[str, Entry] | None = None):
+        self.workspace, self.study, self.check, self.read = workspace, workspace.study, check, read or {}
         self.index = workspace.index()
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
         self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
@@ -264,10 +271,12 @@ class Judge:
             file = self.workspace.path(output)
             if file.resolve() != self.workspace.root.resolve() / output:
                 return "it is reached through a link, which is not followed"
-            wrong = shards.damage_of(file)
-            entry = None if wrong else self.workspace.read_entry(output)
-            if wrong and wrong != "missing":
-                return f"damaged: {wrong}"
+            entry = self.read.get(output)
+            if entry is None:
+                wrong = shards.damage_of(file)
+                if wrong and wrong != "missing":
+                    return f"damaged: {wrong}"
+                entry = None if wrong else self.workspace.read_entry(output)
             if entry:
                 self.index[output] = entry
         if entry is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from cmrhpc import seal
 from cmrhpc.plan import REPORT
 from cmrhpc.report.aggregate import AggregateResult, aggregate
-from cmrhpc.workspace import Judge, Workspace, report_sources
+from cmrhpc.workspace import Judge, Workspace, entry_of, report_sources
 
 
 def run_aggregate(workspace: Workspace) -> str:
@@ -21,5 +21,7 @@ def aggregate_folder(root: Path) -> AggregateResult:
     result = aggregate(Path(root))
     if (Path(root) / "study.toml").is_file():
         workspace = Workspace(root)
-        seal.write(workspace.path(REPORT), report_sources(Judge(workspace, check=True)))
+        cells = (cell for row in result.result.collection.cells.values() for cell in row.values())
+        judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
+        seal.write(workspace.path(REPORT), report_sources(judge))
     return result
