@@ -211,6 +211,7 @@ def export(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     from cmrhpc.doctor import findings
+    from cmrhpc.findings import broken
 
     profile = None
     if args.profile:
@@ -220,10 +221,14 @@ def doctor(args: argparse.Namespace) -> int:
     found = findings(Path(args.workspace) if args.workspace else None, profile)
     lines = []
     for finding in found:
-        lines.append(f"{'ok  ' if finding['ok'] else 'MEND'} {finding['what']}")
+        lines.append(f"{'ok  ' if finding['ok'] else 'MEND' if finding['needed'] else 'note'} {finding['what']}")
         lines += [f"     {finding['mend']}"] if finding["mend"] and not finding["ok"] else []
     _say({"findings": found}, args.json, "\n".join(lines))
-    return 0
+    wrong = broken(found)
+    if wrong and not args.json:
+        what = f"{len(wrong)} finding{'s' * (len(wrong) > 1)} to mend before this can work"
+        raise BadInput(what, wrong[0]["what"], "each MEND above says how; a note only matters where its words apply")
+    return BadInput.exit_code if wrong else 0
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -31,20 +31,25 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 SKEW_S = 5.0  # file systems count time in steps, Slurm answers in whole seconds
-BUILD_GIB, CACHE_GIB, TEMPORARY_GIB = 12, 2, 2
+BUILD_GIB, CACHE_GIB, TEMPORARY_GIB = 12, 2, 0.1
 DOCS = "see docs/clusters.md"
 
 
 def slurm_findings(profile: Profile | None) -> list[Finding]:
-    """Version, controller, accounting, limits, and each partition with its time limit and GPUs."""
+    """Version, controller, accounting, limits, and each partition with its time limit and GPUs.
+
+    Needed by whoever names a profile: that is who wants to submit.
+    """
+    submits = profile is not None
     version = slurm.version()
     if version is None:
-        return [finding(False, "Slurm is not here", "only for submit: use a login node")]
+        return [finding(False, "Slurm is not here", "only for submit: use a login node", submits)]
     found = [finding(True, f"Slurm {version}")]
     config = slurm.config()
     if config is None:
         mend = "wait and try again; when it lasts, ask the cluster's administrator"
-        return [*found, finding(False, f"Slurm's controller does not answer within {slurm.SECONDS:.0f} s", mend)]
+        what = f"Slurm's controller does not answer within {slurm.SECONDS:.0f} s"
+        return [*found, finding(False, what, mend, submits)]
     found += [_accounting(config), _limits(profile), *_clock(config)]
     return found + _partitions(slurm.partitions() or [], profile)
 
@@ -53,9 +58,8 @@ def _accounting(config: dict[str, str]) -> Finding:
     if config.get("AccountingStorageType", "(null)").rpartition("/")[2] in ("none", "(null)"):
         return finding(True, "accounting is off: status tells from the queue and the tasks' own records")
     works = slurm.ask(["sacct", "--noheader", "--allocations", "--format=jobid"]).code == 0
-    return finding(
-        works, f"accounting {'is on' if works else 'does not answer'}", "status works without; tell the administrator"
-    )
+    what = f"accounting {'is on' if works else 'does not answer'}"
+    return finding(works, what, "status works without; tell the administrator", needed=False)
 
 
 def _limits(profile: Profile | None) -> Finding:
@@ -64,7 +68,8 @@ def _limits(profile: Profile | None) -> Finding:
     words += [f"{limits.max_jobs} jobs in all"] if limits.max_jobs else []
     words.append("no submit limit found" if limits.max_submit is None else f"you may have {limits.max_submit} queued")
     enough = limits.max_submit is None or limits.max_submit > 0
-    return finding(enough, f"limits: {', '.join(words)}", "this account may not submit: name another in the profile")
+    mend = "this account may not submit: name another in the profile"
+    return finding(enough, f"limits: {', '.join(words)}", mend, needed=profile is not None)
 
 
 def _clock(config: dict[str, str]) -> list[Finding]:
@@ -75,34 +80,44 @@ def _clock(config: dict[str, str]) -> list[Finding]:
 def _skew(whose: str, seconds: float) -> Finding:
     mend = "its administrator should run NTP: records and job times cannot be compared"
     if abs(seconds) <= SKEW_S:
-        return finding(True, f"{whose} agrees with this machine's")
-    return finding(
-        False, f"{whose} is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} this machine's", mend
-    )
+        return finding(True, f"{whose} agrees with this machine's", needed=False)
+    what = f"{whose} is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} this machine's"
+    return finding(False, what, mend, needed=False)
 
 
 def _partitions(partitions: list[Partition], profile: Profile | None) -> list[Finding]:
     found = []
+    places = list(_sent_to(partitions, profile).values()) if profile else []
+    up = {partition.name for partition in partitions if partition.up}
     for partition in partitions:
         gpus = ", ".join(kind for kind in partition.gres if kind.startswith("gpu")) or "no GPUs"
         default = " (default)" if partition.default else ""
         what = f"partition {partition.name}{default}: {partition.nodes} nodes, {gpus}, at most {partition.time_limit}"
-        found.append(finding(partition.up, what if partition.up else f"{what}, is down", "use another for now"))
+        needed = any(partition.name in names and not up.intersection(names) for names in places)
+        what += "" if partition.up else ", is down"
+        found.append(finding(partition.up, what, "use another for now", needed))
     if profile:
         found += _asked_for(partitions, profile)
     if partitions and not _have_gpus(partitions):
-        found.append(finding(False, "no partition has GPUs", "tasks compute on CPUs: leave gres empty in the profile"))
+        asked = profile is not None and any(profile.gpus(stage) for stage in STAGES)
+        mend = "tasks compute on CPUs: leave gres empty in the profile"
+        found.append(finding(False, "no partition has GPUs", mend, asked))
     return found
+
+
+def _sent_to(partitions: list[Partition], profile: Profile) -> dict[str, list[str]]:
+    """Stage -> names of the partitions of which one is to take it."""
+    default = [partition.name for partition in partitions if partition.default]
+    places = {stage: profile.slurm_of(stage).partition for stage in STAGES}
+    return {stage: place.split(",") if place else default for stage, place in places.items()}
 
 
 def _asked_for(partitions: list[Partition], profile: Profile) -> list[Finding]:
     """What the profile asks for and its partitions do not have; nothing where they have all of it."""
     found = []
     known = {partition.name: partition for partition in partitions}
-    default = [partition.name for partition in partitions if partition.default]
     who = f"profile {profile.name}"
-    places = {stage: profile.slurm_of(stage).partition for stage in STAGES}
-    named = {stage: place.split(",") if place else default for stage, place in places.items()}
+    named = _sent_to(partitions, profile)
     for name in dict.fromkeys(name for names in named.values() for name in names if name not in known):
         mend = f"name one of {', '.join(known)} in the profile" if known else "ask the administrator"
         found.append(finding(False, f"{who}: there is no partition {name}", mend))
@@ -156,7 +171,7 @@ def container_findings(profile: Profile | None) -> list[Finding]:
     answer = slurm.ask(["apptainer", "--version"])
     if answer.code != 0:
         mend = "only for the container: `module load apptainer`, or submit from a virtual environment"
-        found.append(finding(False, "Apptainer is not here", mend))
+        found.append(finding(False, "Apptainer is not here", mend, needed=False))
     else:
         found += [finding(True, answer.out.strip()), _namespaces()]
     image = profile.container.image if profile else os.environ.get("CMRHPC_CONTAINER", "")
@@ -168,7 +183,7 @@ def _binds(profile: Profile) -> list[Finding]:
     sources = [bind.partition(":")[0] for bind in profile.container.binds]
     mend = "make it, or take it out of binds: where it is missing no container starts (compute nodes may have it)"
     return [
-        finding(False, f"profile {profile.name}: {source} of binds is not here", mend)
+        finding(False, f"profile {profile.name}: {source} of binds is not here", mend, needed=False)
         for source in sources
         if not os.path.exists(source)
     ]
@@ -181,9 +196,8 @@ def _namespaces() -> Finding:
     starter = Path(place[1] if place else "/usr/libexec", "apptainer/bin/starter-suid")
     if starter.is_file() and starter.stat().st_mode & 0o4000 and starter.stat().st_uid == 0:
         return finding(True, "no user namespaces, but Apptainer is setuid: images can be run here, not built")
-    return finding(
-        False, "no user namespaces, and Apptainer is not setuid: no image runs here", f"use no container: {DOCS}"
-    )
+    what = "no user namespaces, and Apptainer is not setuid: no image runs here"
+    return finding(False, what, f"use no container: {DOCS}", needed=False)
 
 
 def _image(image: Path) -> list[Finding]:
@@ -222,7 +236,7 @@ def path_findings(workspace: Path, profile: Profile | None) -> list[Finding]:
         try:
             check(path)
         except BadInput as error:
-            told = finding(False, f"{error.where}: {error.what}", error.mend)
+            told = finding(False, f"{error.where}: {error.what}", error.mend, needed=profile is not None)
             found += [told] if told not in found else []
     return found
 
@@ -261,19 +275,26 @@ def _links(folder: Path, mend: str) -> Finding:
 def disk_findings() -> list[Finding]:
     """Free space where programs write besides the workspace."""
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
-    found = [_space("TMPDIR", temporary, TEMPORARY_GIB, "tasks and Apptainer write there")]
+    found = [_space("TMPDIR", temporary, TEMPORARY_GIB, "programs write there") | {"needed": True}]
     if shutil.which("apptainer"):
         build = Path(os.environ.get("APPTAINER_TMPDIR") or temporary)
         found.append(_space("APPTAINER_TMPDIR", build, BUILD_GIB, "building the image needs it"))
         cache = Path(os.environ.get("APPTAINER_CACHEDIR") or Path.home() / ".apptainer" / "cache")
-        found.append(_space("APPTAINER_CACHEDIR", cache, CACHE_GIB, "a base image from a registry is kept there"))
+        purpose = "a base image from a registry is kept there"
+        found.append(_space("APPTAINER_CACHEDIR", cache, CACHE_GIB, purpose, made=True))
     return found
 
 
-def _space(name: str, folder: Path, gib: int, purpose: str) -> Finding:
-    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+def _space(name: str, folder: Path, gib: float, purpose: str, made: bool = False) -> Finding:
+    """Free space of a folder. made: the program makes the folder itself, so that the one above it will do."""
+    there = next((place for place in (folder, *folder.absolute().parents) if place.exists() or not made), folder)
+    mend = f"{purpose}: set {name} to a folder with {gib} GiB or more; {DOCS}"
+    if not there.is_dir():
+        wrong = "is no folder" if there.exists() else "does not exist"
+        return finding(False, f"{name} {folder} {wrong}", mend, needed=False)
+    if not os.access(there, os.W_OK | os.X_OK):
+        return finding(False, f"{name} {folder} cannot be written to", mend, needed=False)
     free = 0.0
     with contextlib.suppress(OSError):
-        free = shutil.disk_usage(there).free / GIB if os.access(there, os.W_OK) else 0.0
-    mend = f"{purpose}: set {name} to a folder with {gib} GiB or more; {DOCS}"
-    return finding(free >= gib, f"{name} {folder}: {free:.1f} GiB free", mend)
+        free = shutil.disk_usage(there).free / GIB
+    return finding(free >= gib, f"{name} {folder}: {free:.1f} GiB free", mend, needed=False)

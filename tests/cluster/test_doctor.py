@@ -15,10 +15,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 PROFILE = f'[slurm]\npartition = "gpu"\n[container]\nimage = "{image.SIF}"\n'
 
 
-def doctor(node: Node, *arguments: str, **more: Any) -> dict[str, dict[str, Any]]:
-    """What was found -> the finding."""
-    said = node.run(["cmrhpc", "doctor", *arguments, "--json"], env=login.HERE, **more).stdout
-    return {finding["what"]: finding for finding in json.loads(said)["findings"]}
+def doctor(node: Node, *arguments: str, code: int = 0, **more: Any) -> dict[str, dict[str, Any]]:
+    """What was found -> the finding; the command must end with this exit code."""
+    done = node.run(["cmrhpc", "doctor", *arguments, "--json"], env=login.HERE, check=False, **more)
+    assert done.returncode == code, done.stdout + done.stderr
+    return {finding["what"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 
 def test_everything_that_a_cluster_has(login_node: Node) -> None:
@@ -48,7 +49,7 @@ def test_what_is_wrong_has_its_mend(login_node: Node) -> None:
     node = login_node
     node.run(["tee", "wrong.toml"], input=PROFILE.replace('"gpu"', '"cpu"').replace("cmrhpc.sif", "other.sif"))
     node.run(["install", "-d", "-m", "755", "/srv/readonly"], user="root")
-    found = doctor(node, "/srv/readonly", "--profile", "wrong.toml")
+    found = doctor(node, "/srv/readonly", "--profile", "wrong.toml", code=3)
     assert found["profile wrong: there is no partition cpu"]["mend"] == "name one of gpu, urgent in the profile"
     assert not found["no image /images/other.sif"]["ok"]
     assert not found["/srv/readonly: Permission denied"]["ok"]

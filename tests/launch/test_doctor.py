@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc import doctor
 from cmrhpc.cli import main
+from cmrhpc.doctor import has_code_for
 from cmrhpc.findings import Finding
 from cmrhpc.launch import cluster
 from cmrhpc.profile import load_profile
@@ -27,7 +29,7 @@ def test_machine_without_a_cluster(
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["doctor", str(tmp_path), "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert all(set(finding) == {"what", "ok", "mend"} for finding in findings)
+    assert all(set(finding) == {"what", "ok", "mend", "needed"} for finding in findings)
     assert all(bool(finding["mend"]) is not finding["ok"] for finding in findings)
     assert not found(findings, "Slurm is not here")["ok"]
     assert not found(findings, "Apptainer is not here")["ok"]
@@ -37,11 +39,77 @@ def test_machine_without_a_cluster(
     assert os.listdir(tmp_path) == []
 
 
+def test_what_is_needed_and_wrong_is_told_to_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 3 for what was named and cannot serve; the same finding about what nobody named is a note."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CMRHPC_CONTAINER", raising=False)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "note Slurm is not here" in said
+    assert "MEND" not in said
+    assert main(["doctor", "--profile", "template"]) == 3
+    assert "MEND Slurm is not here" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 3
+    said, complaint = capsys.readouterr()
+    assert f"MEND {tmp_path}/nowhere: No such file or directory" in said
+    assert complaint.startswith("cmrhpc: 1 finding to mend")
+    image = tmp_path / "cmrhpc.sif"
+    image.write_text("no checksum beside it")
+    monkeypatch.setenv("CMRHPC_CONTAINER", str(image))
+    assert main(["doctor", "--json"]) == 3
+    told = capsys.readouterr()
+    assert not found(json.loads(told.out)["findings"], "no checksum beside it")["ok"]
+    assert told.err == ""
+
+
+# The lists of torch 2.15 for CUDA 13 and of torch 2.6 for CUDA 12.4.
+NEW, OLD = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "serves"),
+    [
+        ((7, 0), NEW, False),  # V100
+        ((6, 0), NEW, False),  # P100
+        ((7, 0), OLD, True),
+        ((6, 1), OLD, True),  # sm_60 serves the later minor
+        ((7, 5), NEW, True),
+        ((8, 9), NEW, True),
+        ((3, 7), OLD, False),  # K80
+        ((9, 0), OLD, False),
+        ((9, 0), [*OLD, "compute_80"], True),
+        ((10, 3), ["sm_100a"], False),
+        ((10, 0), ["sm_100a"], True),
+        ((7, 0), ["compute_75"], False),
+    ],
+)
+def test_gpus_that_a_torch_build_has_code_for(capability: tuple[int, int], built: list[str], serves: bool) -> None:
+    assert has_code_for(capability, built) is serves
+
+
+def test_gpu_that_torch_sees_and_has_no_code_for(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such GPU is at hand: the answers of the driver and of torch stand in."""
+    torch = pytest.importorskip("torch")
+    program("nvidia-smi", "echo 'Tesla V100-SXM2-32GB, 32768 MiB, 580.65.06'")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: NEW)
+    wrong = found(doctor.findings(), "GPU Tesla V100")
+    assert "has no code for compute capability 7.0, only sm_75" in wrong["what"]
+    assert "torch==2.6.*" in wrong["mend"]
+    assert wrong["needed"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: OLD)
+    assert found(doctor.findings(), "GPU Tesla V100")["ok"]
+
+
 def test_controller_that_does_not_answer(program: Put) -> None:
     program("sinfo", "[ $1 = --version ] && echo slurm 23.02.7")
     program("scontrol", "exit 1")
     version, silent = cluster.slurm_findings(None)
-    assert version == {"what": "Slurm 23.02.7", "ok": True, "mend": ""}
+    assert (version["what"], version["ok"], version["mend"]) == ("Slurm 23.02.7", True, "")
     assert silent["what"] == "Slurm's controller does not answer within 10 s"
 
 
@@ -136,14 +204,30 @@ def test_image_without_user_namespaces(program: Put, tmp_path: Path) -> None:
 def test_disks_that_are_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Put) -> None:
     program("apptainer", "echo apptainer version 1.4.5")
     for name in ("TMPDIR", "APPTAINER_TMPDIR", "APPTAINER_CACHEDIR"):
-        monkeypatch.setenv(name, "/dev/shm/not/there")
+        monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(cluster, "TEMPORARY_GIB", 1e6)
     monkeypatch.setattr(cluster, "BUILD_GIB", 0)
     one, two, three = cluster.disk_findings()
     assert not one["ok"]
     assert "set TMPDIR to a folder with" in one["mend"]
     assert two["ok"]
-    assert three["what"].startswith("APPTAINER_CACHEDIR /dev/shm/not/there: ")
+    assert three["what"].startswith(f"APPTAINER_CACHEDIR {tmp_path}: ")
+
+
+def test_folders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Put) -> None:
+    """Only the cache is a folder that Apptainer makes itself."""
+    program("apptainer", "echo apptainer version 1.4.5")
+    away = tmp_path / "not" / "there"
+    for name in ("TMPDIR", "APPTAINER_TMPDIR", "APPTAINER_CACHEDIR"):
+        monkeypatch.setenv(name, str(away))
+    monkeypatch.setattr(cluster, "CACHE_GIB", 0)
+    one, two, three = cluster.disk_findings()
+    assert [one["what"], two["what"]] == [f"TMPDIR {away} does not exist", f"APPTAINER_TMPDIR {away} does not exist"]
+    assert not one["ok"]
+    assert "set TMPDIR to a folder with 0.1 GiB" in one["mend"]
+    assert three["ok"]
+    (tmp_path / "not").write_text("a file in the way")
+    assert cluster.disk_findings()[2]["what"] == f"APPTAINER_CACHEDIR {away} is no folder"
 
 
 def test_folder_that_is_not_there(tmp_path: Path) -> None:
