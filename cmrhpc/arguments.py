@@ -16,6 +16,12 @@ PROFILE = "a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/
 TYPED = 0.7  # how near a word must be to what was typed in a hurry
 
 
+def _one_or_more(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 up")
+    return int(text)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong as the other errors do, and which verb, choice or option may have been meant."""
 
@@ -25,6 +31,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, self.prog, f"{near}`{self.prog} --help` shows an example")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # each verb's own arguments as well
+        first = args[0] if args and " " not in self.prog else ""
+        if first.startswith("-") and first not in self._option_string_actions:
+            mend = f"options come after the verb: {self.prog} VERB ... {first}"
+            raise UsageError(f"{first} stands before the verb", self.prog, mend)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             near = did_you_mean(rest[0].partition("=")[0], self._option_string_actions, TYPED)
@@ -82,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("workspace", metavar="WORKSPACE")
     p.add_argument("--stage", choices=STAGES)
     p.add_argument("--array", action="store_true", help="print the missing indices for sbatch --array")
-    p.add_argument("--chunk", type=int, default=0, metavar="N", help="at most N tasks per line of --array")
+    p.add_argument("--chunk", type=_one_or_more, metavar="N", help="at most N tasks per line of --array")
     p.add_argument(
         "--offset", action="store_true", help="with --array, lines RANGE OFFSET: for indices that the cluster refuses"
     )
@@ -96,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("run", "everything missing, on this machine", "cmrhpc run ws --jobs 2")
     p.add_argument("workspace", metavar="WORKSPACE")
-    p.add_argument("--jobs", type=int, default=0, metavar="N", help="tasks at once (default: cores / threads per task)")
+    p.add_argument("--jobs", type=_one_or_more, metavar="N", help="tasks at once (default: cores / threads per task)")
     p.add_argument("--plain", action="store_true", help="plain lines instead of bars")
 
     p = verb("submit", "everything missing, on Slurm through submitit", "cmrhpc submit ws --profile mycluster")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from cmrhpc.arguments import STAGES, TYPED, parser
-from cmrhpc.errors import EXIT_INTERRUPTED, BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, UsageError
+from cmrhpc.errors import (
+    EXIT_CLOSED_PIPE,
+    EXIT_INTERRUPTED,
+    BadInput,
+    Checkpointed,
+    CmrhpcError,
+    Damage,
+    Incomplete,
+    UsageError,
+)
 from cmrhpc.near import did_you_mean
 from cmrhpc.signals import Stopped, held, stopping_at_once
 
@@ -52,7 +62,7 @@ def init(args: argparse.Namespace) -> int:
         print(f"positive class: {study.classes[1]}")
     for line in made.notes:
         print(line)
-    print(f"next: read {args.workspace}/study.toml, then `cmrhpc ingest {args.workspace}`")
+    print(f"next: read {args.workspace}/study.toml, then `cmrhpc ingest {shlex.quote(args.workspace)}`")
     return 0
 
 
@@ -61,7 +71,9 @@ def ingest(args: argparse.Namespace) -> int:
     from cmrhpc.workspace import Workspace
 
     print(run_task(Workspace(args.workspace), "ingest", 0))
-    print(f"next: look at {args.workspace}/cohort.png and cohort.csv, then `cmrhpc run {args.workspace}`")
+    place = shlex.quote(args.workspace)
+    print(f"next: look at {args.workspace}/cohort.png and cohort.csv,")
+    print(f"      then `cmrhpc run {place}`, or on a cluster `cmrhpc submit {place} --profile P`")
     return 0
 
 
@@ -70,10 +82,13 @@ def plan(args: argparse.Namespace) -> int:
     from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
-    if (args.array or args.offset) and not (args.array and args.stage):
-        raise UsageError("--offset needs --array, and that --stage", "", "cmrhpc plan WS --stage synthesize --array")
+    example = "cmrhpc plan WS --stage synthesize --array"
+    if (args.array or args.offset or args.chunk) and not (args.array and args.stage):
+        raise UsageError("--offset and --chunk need --array, and that --stage", "", example)
+    if args.array and (args.json or args.why):
+        raise UsageError("--array is for sbatch, --json and --why are for readers", "", "give one of them")
     if args.array:
-        print_ranges(workspace, args.stage, args.chunk, args.offset)
+        print_ranges(workspace, args.stage, args.chunk or 0, args.offset)
     else:
         print_plan(workspace, (args.stage,) if args.stage else STAGES, args.json, args.why or bool(args.stage))
     return 0
@@ -83,20 +98,23 @@ def task(args: argparse.Namespace) -> int:
     with held():  # an interrupted import prints a traceback of its own
         from cmrhpc.launch import records
         from cmrhpc.launch.display import lines_of_one_task
-        from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
+        from cmrhpc.stages.task import StopRequest, find_task, run_task, stop_on_signals
         from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
     index = _array_index(args.index, args.stage)
     request = StopRequest()
     with stop_on_signals(request):
-        records.write_record(workspace, args.stage, index, records.RUNNING)
         try:
+            find_task(workspace, args.stage, index)
+            records.write_record(workspace, args.stage, index, records.RUNNING)
             message = run_task(workspace, args.stage, index, lines_of_one_task(), request)
         except Checkpointed as error:
             records.write_record(workspace, args.stage, index, records.STOPPED, error.what)
             if request.number == signal.SIGINT:
                 raise KeyboardInterrupt from error
+            raise
+        except UsageError:  # there is no such task: it leaves no record
             raise
         except Exception as error:
             reason = str(error) or type(error).__name__
@@ -293,9 +311,22 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code of DESIGN: 0, 2, 3, 4, 5, 75 or 130. One message on stderr, no traceback."""
+    """Run one verb; returns the exit code: 0, 2, 3, 4, 5, 75, 130 or 141. One message on stderr, no traceback."""
     is_script = arguments is None
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run_verb(list(sys.argv[1:] if arguments is None else arguments), is_script)
+        finally:  # here, where a closed pipe can still be told by the exit code
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+    except BrokenPipeError:
+        if is_script:
+            for number in (1, 2):  # so that nothing is written at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return EXIT_CLOSED_PIPE
+
+
+def _run_verb(arguments: list[str], is_script: bool) -> int:
     debug = "--debug" in arguments
     try:
         with stopping_at_once(to_the_end=is_script):
@@ -308,8 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped on request: run the same command again", file=sys.stderr)
         return Checkpointed.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except CmrhpcError as error:
         if debug:
             raise

@@ -55,3 +55,4 @@ class Checkpointed(CmrhpcError):
 
 
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141  # whoever read the output has left, as in `| head`; what a shell says of SIGPIPE

@@ -14,7 +14,8 @@ from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_column
 from cmrhpc.data.table import label_order, read_heading, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.paths import check_printable
-from cmrhpc.study import STUDIES, Study, parse_study
+from cmrhpc.study import STUDIES, Data, Study, parse_study
+from cmrhpc.typed import build
 
 
 def shipped() -> list[str]:
@@ -64,6 +65,8 @@ def make_workspace(
         raise BadInput(f"cannot read the study: {error}", str(source), "mend the line that is named") from None
     data = document.setdefault("data", tomlkit.table())
     asked = {"table": table, "columns": columns or None, "file_spacing_mm": file_spacing_mm, "channels": channels}
+    if file_spacing_mm is not None:  # the study file has no part in this one
+        build(Data, {"raw": "", "file_spacing_mm": file_spacing_mm}, "--spacing", "")
     for key, value in asked.items():
         if value is not None:
             data[key] = value

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.whole.conftest import cmrhpc
+from cmrhpc.launch.records import read_record
+from tests.whole.conftest import cmrhpc, make_workspace
 
 VERBS = (
     "phantom",
@@ -65,10 +66,20 @@ def test_planning_needs_no_torch(tmp_path: Path, study_text: str) -> None:
         (["run", "ws", "--zzz"], 2, "cmrhpc run --help"),
         (["plan", "ws", "--stage", "refin"], 2, 'did you mean "refine"?'),
         (["plan", "ws", "more"], 2, "unrecognized arguments: more"),
+        (["--profile", "here", "submit", "ws"], 2, "options come after the verb"),
+        (["--profile=here", "submit", "ws"], 2, "options come after the verb"),
+        (["plan", "ws", "--stage", "refine", "--array", "--chunk", "0"], 2, "'0' is no whole number from 1 up"),
+        (
+            ["plan", "ws", "--stage", "refine", "--array", "--offset", "--chunk", "-5"],
+            2,
+            "'-5' is no whole number from 1 up",
+        ),
+        (["run", "ws", "--jobs", "-1"], 2, "'-1' is no whole number from 1 up"),
         (["plan", "nowhere"], 3, "no study.toml"),
         (["init", "ws", "--study", "demo2", "--raw", "."], 3, "shipped studies: demo, fu2021"),
         (["init", "ws", "--study", "demo", "--raw", "nowhere"], 3, "no such raw folder"),
         (["init", "ws", "--study", "demo", "--raw", ".", "--column", "patient"], 2, "OURS=THEIRS"),
+        (["init", "ws", "--study", "demo", "--raw", ".", "--spacing", "-1"], 3, "where: --spacing"),
         (["task", "ws", "--stage", "ingest", "--index", "x"], 2, "invalid int"),
     ],
 )
@@ -86,7 +97,48 @@ def test_a_task_without_its_inputs_is_incomplete(tmp_path: Path, study_text: str
     done = cmrhpc("task", tmp_path, "--stage", "refine", "--index", "0", check=False)
     assert done.returncode == 4
     assert "its input is not there" in done.stderr
+    before = os.listdir(tmp_path / "logs")
     assert cmrhpc("task", tmp_path, "--stage", "refine", "--index", "99", check=False).returncode == 2
+    assert os.listdir(tmp_path / "logs") == before  # no record of a task that is not there
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("plan WS --stage classify", 141),
+        ("status WS", 141),
+        ("--help", 141),
+        ("nonsense", 2),  # nothing is written into the pipe
+        ("nonsense 2>&1", 141),
+    ],
+)
+def test_a_reader_that_has_left_ends_the_command_quietly(tmp_path: Path, study_text: str, line: str, code: int) -> None:
+    """A pipe whose other end is closed before the first word is written."""
+    (tmp_path / "study.toml").write_text(study_text)
+    script = (
+        "{ until [ -e gone ]; do sleep 0.01; done; exec $PYTHON -m cmrhpc.cli LINE; } | { exec <&-; touch gone; }; "
+        "exit ${PIPESTATUS[0]}"
+    ).replace("LINE", line.replace("WS", "."))
+    environment = {**os.environ, "PYTHON": sys.executable}
+    environment.pop("PYTHONUNBUFFERED", None)  # the last words are then written when the command ends
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert (done.stderr == "") is (code == 141)
+
+
+def test_a_run_whose_reader_has_left_saves_checkpoints_and_ends(tmp_path: Path, study_text: str) -> None:
+    """Four generators that would take for ever run when the first classifier is done and cannot be told of."""
+    root = make_workspace(tmp_path, study_text.replace("generations = 4", "generations = 1000000"))
+    cmrhpc("ingest", root)
+    command = [sys.executable, "-m", "cmrhpc.cli", "run", str(root), "--jobs", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.wait(120) == 141
+        assert process.stderr.read() == b""
+    states = [record.state for path in (root / "logs").glob("synthesize_*.json") if (record := read_record(path))]
+    assert states == ["stopped"] * 4
 
 
 def test_the_index_comes_from_slurm_or_is_asked_for(tmp_path: Path, study_text: str) -> None:
@@ -104,6 +156,10 @@ def test_array_of_missing_tasks(tmp_path: Path, study_text: str) -> None:
     offsets = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4", "--offset").stdout
     assert offsets == "0-3 0\n0-3 4\n0-1 8\n"
     assert cmrhpc("plan", tmp_path, "--offset", check=False).returncode == 2
+    assert cmrhpc("plan", tmp_path, "--stage", "classify", "--chunk", "4", check=False).returncode == 2
+    for other in ("--json", "--why"):
+        both = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", other, check=False)
+        assert (both.returncode, both.stdout) == (2, "")
 
 
 def test_an_index_that_slurm_refuses_is_pointed_out(tmp_path: Path, study_text: str) -> None:
@@ -132,6 +188,17 @@ def test_an_offset_leads_to_the_task(tmp_path: Path, study_text: str) -> None:
     for offset, words in (("2", "fold 1 repeat 0 class 1"), ("x", "CMRHPC_OFFSET")):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "CMRHPC_OFFSET": offset}
         assert words in cmrhpc(*job, check=False, env=environment).stderr
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path, study_text: str) -> None:
+    """Also where the path has spaces; ingest names the way onto a cluster as well."""
+    make_workspace(tmp_path, study_text)
+    root = tmp_path / "my study"
+    said = cmrhpc("init", root, "--study", "demo", "--raw", tmp_path / "raw").stdout
+    assert f"`cmrhpc ingest '{root}'`" in said
+    said = cmrhpc("ingest", root).stdout
+    assert f"`cmrhpc run '{root}'`" in said
+    assert f"`cmrhpc submit '{root}' --profile P`" in said
 
 
 def test_init_asks_for_the_positive_class_and_maps_columns(tmp_path: Path) -> None:

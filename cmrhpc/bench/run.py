@@ -67,7 +67,7 @@ def bench(
     import importlib.util
 
     if importlib.util.find_spec("torch") is None:
-        raise BadInput("torch is not installed here", "", "pip install 'cmrhpc[train]', or use the container")
+        raise BadInput("torch is not installed here", "", "pip install '.[train]' in the clone, or use the container")
     from cmrhpc.bench import predict, storage, training
     from cmrhpc.bench import tasks as many
     from cmrhpc.data.phantom import write_phantom

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -67,7 +68,9 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     summary = Summary(already=sum(s.done for stage in STAGES for s in states[stage]))
     todo = [s for stage in STAGES for s in states[stage] if not s.done]
     if any(s.task.stage in ("synthesize", "refine", "classify") for s in todo) and not torch_there:
-        raise BadInput("torch is not installed", "", "pip install 'cmrhpc[train]', or run where it is installed")
+        raise BadInput(
+            "torch is not installed", "", "pip install '.[train]' in the clone, or run where it is installed"
+        )
     for finished in (s.task for stage in STAGES for s in states[stage] if s.done):
         workspace.clear_checkpoints(finished)
     # A report that is out of date only because its predictions are about to change is made at the end.
@@ -80,7 +83,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
     running: dict[Connection, _Running] = {}
     stop = _StopFlag()
-    with stop.listening(), display:
+    with stop.listening(), _none_left(running), display:
         _start_server(context, stop)
         while todo or running:
             while todo and len(running) < jobs and not stop.number:
@@ -107,6 +110,20 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     summary.stopped_by = stop.number
     summary.missing = [s.task.title for s in todo]
     return summary
+
+
+@contextlib.contextmanager
+def _none_left(running: dict[Connection, _Running]) -> Iterator[None]:
+    """Left by an error, as when nobody reads the output any more: what runs saves its checkpoint.
+
+    Otherwise this process would wait for the end of each, for hours.
+    """
+    try:
+        yield
+    finally:
+        for task in running.values():
+            with contextlib.suppress(OSError):
+                os.kill(task.process.pid or 0, signal.SIGTERM)
 
 
 def _made_by_ingest(states: dict[str, list[State]]) -> set[str]:

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from cmrhpc.launch.status import FAILED, NOT_STARTED, RUNNING, WAITING, Status, TaskStatus, status
+from cmrhpc.launch.status import FAILED, RUNNING, WAITING, Status, TaskStatus, status
 from cmrhpc.workspace import Workspace
 
 LINES = 10  # per stage
@@ -52,11 +52,11 @@ def _small(hours: float) -> str:
 
 
 def _groups(tasks: list[TaskStatus]) -> list[tuple[str, str, list[TaskStatus]]]:
-    """Tasks that share state and reason, in order of urgency; what has simply not begun needs no line."""
+    """Tasks that share state and reason, in order of urgency."""
     found: dict[tuple[str, str], list[TaskStatus]] = {}
     for word in (FAILED, RUNNING, WAITING):
         for task in tasks:
-            if task.word == word and task.reason != NOT_STARTED:
+            if task.word == word:
                 # Each running task has a line of its own.
                 alone = f"{task.reason}\0{task.state.index}" if word == RUNNING else task.reason
                 found.setdefault((word, alone), []).append(task)

@@ -204,7 +204,9 @@ class _Jobs:
         last = submitted[-1][0] if submitted and not candidates else None
         if last and not (record and record.time > last.time):
             if self.own is None:
-                return TaskStatus(state, WAITING, f"submitted as job {last.job}", log, last.job, queued=True)
+                # Where there is no Slurm to ask, no later look will tell more.
+                queued = slurm.installed()
+                return TaskStatus(state, WAITING, f"submitted as job {last.job}", log, last.job, queued)
             reason = "its job has left the queue without a word of its task: cancelled, failed, or its node was lost"
             return TaskStatus(state, FAILED, reason, log, last.job)
         return self._recorded(state, record, log) if record else self._unknown(state, log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ def submit(root: str, profile_name: str, dry: bool, yes: bool, json_wanted: bool
     if json_wanted:
         print(json.dumps(as_json(proposal, sent)))
     elif sent:
-        print(f"sent {proposal.tasks} tasks in {len(sent)} arrays; see `cmrhpc status {root}`")
+        print(f"sent {proposal.tasks} tasks in {len(sent)} arrays; see `cmrhpc status {shlex.quote(root)}`")
     return 0
 
 

@@ -87,6 +87,14 @@ def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def find_task(workspace: Workspace, stage: str, index: int) -> Task:
+    """The task of a number. Raises UsageError when the stage has none of that number."""
+    tasks = workspace.tasks(stage)
+    if not 0 <= index < len(tasks):
+        raise UsageError(f"index {index} is out of range", f"stage {stage} has {len(tasks)} tasks", "see `cmrhpc plan`")
+    return tasks[index]
+
+
 def run_task(
     workspace: Workspace,
     stage: str,
@@ -98,10 +106,7 @@ def run_task(
 
     Raises Incomplete when an input is not there yet, BadInput when one is damaged, and what the stage raises.
     """
-    tasks = workspace.tasks(stage)
-    if not 0 <= index < len(tasks):
-        raise UsageError(f"index {index} is out of range", f"stage {stage} has {len(tasks)} tasks", "see `cmrhpc plan`")
-    task = tasks[index]
+    task = find_task(workspace, stage, index)
     if task.output not in workspace.wanted(stage):
         return f"{task.title}: the study no longer asks for this task; nothing to do"
     judge = Judge(workspace, check=True)
@@ -119,7 +124,9 @@ def run_task(
         return run_aggregate(workspace)
     inputs = _checked_inputs(workspace, judge, task)
     if importlib.util.find_spec("torch") is None:
-        raise BadInput("torch is not installed here", sys.prefix, "pip install 'cmrhpc[train]', or use the container")
+        raise BadInput(
+            "torch is not installed here", sys.prefix, "pip install '.[train]' in the clone, or use the container"
+        )
     context = Context(workspace, task, inputs, should_stop, progress)
     if stage == "synthesize" and workspace.study.generators[task.generator].external:
         from cmrhpc.stages.external import take_in as work

@@ -169,6 +169,21 @@ def test_folders_to_bind_that_are_missing(tmp_path: Path) -> None:
     assert "no container starts" in finding["mend"]
 
 
+def test_what_the_profile_needs_of_the_partitions(program: Put, tmp_path: Path) -> None:
+    """Down is only needed where a stage has no other; no GPUs only where some stage asks for one."""
+    program("sinfo", "[ $1 = --version ] && echo slurm 23.02.7 || printf 'a*|up|1-0|3|(null)\\nb|down|1-0|3|(null)\\n'")
+    program("scontrol", "echo Configuration data as of 1000")
+    path = tmp_path / "here.toml"
+    for stages, down, gpus in (('partition = "b"', True, True), ('partition = "a,b"', False, True), ("", False, True)):
+        path.write_text(f"[slurm]\n{stages}\n")
+        findings = cluster.slurm_findings(load_profile(path))
+        assert found(findings, "partition b: 3 nodes, no GPUs, at most 1-0, is down")["needed"] is down
+        assert found(findings, "no partition has GPUs")["needed"] is gpus
+    path.write_text("".join(f'[stages.{stage}]\ngres = ""\n' for stage in ("synthesize", "refine", "classify")))
+    assert not found(cluster.slurm_findings(load_profile(path)), "no partition has GPUs")["needed"]
+    assert not any(finding["needed"] for finding in cluster.slurm_findings(None) if not finding["ok"])
+
+
 def test_image_and_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "cmrhpc.sif"
     monkeypatch.setenv("CMRHPC_CONTAINER", str(image))

@@ -273,6 +273,22 @@ def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
     assert "failed   dae-gan fold 0 repeat 0 class 0 and 3 more of synthesize: its job has left the queue" in said
 
 
+def test_what_has_not_begun_has_a_line_too(workspace: Workspace) -> None:
+    assert "waiting  ingest: not started" in as_text(status(workspace)).splitlines()
+
+
+def test_watch_ends_where_there_is_no_slurm_to_ask(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was submitted from elsewhere may wait or run there; no later look here would tell."""
+    write_submission(workspace, SUBMITTED)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert watch(str(workspace.root), seconds=0) == 0
+    said = capsys.readouterr().out
+    assert "submitted as job 40" in said
+    assert "Slurm is not installed here" in said
+
+
 def test_watch_is_left_with_ctrl_c(workspace: Workspace) -> None:
     note(workspace, HERE)
     command = [sys.executable, "-m", "cmrhpc.cli", "status", str(workspace.root), "--watch"]
