@@ -27,9 +27,9 @@ def check_for_slurm(workspace: Path) -> None:
 
 
 def check_for_bind(folder: Path) -> None:
-    """Raise BadInput where Apptainer would cut a folder's path in two: `:` and `,` separate, `"` and `\\` quote."""
+    """Raise BadInput where Apptainer would cut a folder's path in two, at `:` or `,`."""
     check_printable(folder)
-    if wrong := sorted(set(str(folder)) & set(':,"\\')):
+    if wrong := sorted(set(str(folder)) & set(":,")):
         what = f"Apptainer cannot bind a path with {' and '.join(wrong)}"
         raise BadInput(what, str(folder), "rename the folder")
 

@@ -22,6 +22,7 @@ from cmrhpc.findings import Finding, finding
 from cmrhpc.launch import slurm
 from cmrhpc.launch.send import read_elsewhere
 from cmrhpc.launch.slurm import Partition
+from cmrhpc.launch.submit import limits_for
 from cmrhpc.paths import check_for_bind, check_for_slurm
 from cmrhpc.plan import STAGES
 from cmrhpc.workspace import Workspace
@@ -63,7 +64,7 @@ def _accounting(config: dict[str, str]) -> Finding:
 
 
 def _limits(profile: Profile | None) -> Finding:
-    limits = slurm.limits(*((profile.slurm.account, profile.slurm.qos) if profile else ()))
+    limits = limits_for(profile) if profile else slurm.limits()
     words = [f"arrays of {limits.max_array_size or '?'} tasks at most"]
     words += [f"{limits.max_jobs} jobs in all"] if limits.max_jobs else []
     words.append("no submit limit found" if limits.max_submit is None else f"you may have {limits.max_submit} queued")

@@ -131,7 +131,7 @@ def queue(jobs: Iterable[str] | None = None) -> dict[str, Element] | None:
     wanted = None if jobs is None else sorted(set(jobs))
     if wanted is not None and not wanted:
         return {}
-    whose = ["--me"] if wanted is None else [f"--jobs={','.join(wanted)}"]
+    whose = [f"--user={os.getuid()}"] if wanted is None else [f"--jobs={','.join(wanted)}"]
     answer = ask(["squeue", "--noheader", "--array", "--states=all", *whose, "--format=%i|%T|%r|%N|%Z|%j|%k"])
     if answer.code is None or answer.code != 0:
         # A single number that it has forgotten is an error to squeue; several are not.

@@ -61,7 +61,7 @@ def test_without_slurm_files_can_be_shown_and_nothing_be_sent(
 
 def test_jobs_of_who_shares_the_workspace_are_left_out(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
-    program("squeue", "[[ $* = *--me* ]] || echo '7_1|PENDING|Priority||/x|classify-real-aa|c'")
+    program("squeue", "[[ $* = *--user=* ]] || echo '7_1|PENDING|Priority||/x|classify-real-aa|c'")
     program("sacct", "exit 1")
     assert propose(ready).queued == 2
 
