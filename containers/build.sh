@@ -7,13 +7,15 @@
 #   containers/build.sh --base IMAGE          another Debian 13, e.g. from a registry of the site
 #   containers/build.sh --pin                 look up the digest of the base image, write it to containers/base.pin, and
 #                                             stop; later builds start from exactly that image
-#   containers/build.sh -- OPTIONS            the rest goes to `apptainer build`
+#   containers/build.sh -- OPTIONS            the rest goes to `apptainer build`, which runs in the root of the clone: name
+#                                             files in full, but for base=FOLDER_OR_SIF
 #
 # pip inside uses the index, proxy and certificate that pip outside is configured for. The build unpacks in
-# APPTAINER_TMPDIR (else TMPDIR, else /tmp), which needs 10 GB free.
+# APPTAINER_TMPDIR (else TMPDIR, else /tmp), which needs 12 GB free.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 fail() { printf '%s\n' "$@" >&2; exit 2; }
+has_value() { [ -n "${2:-}" ] || fail "$1 needs a value; see $0 --help"; }
 
 output=$PWD/cmrhpc.sif
 torch=''
@@ -21,9 +23,9 @@ base=''
 pin=no
 while [ $# -gt 0 ]; do
     case $1 in
-        --torch) torch=$2; shift 2 ;;
-        --output) output=$(readlink -f "$2"); shift 2 ;;
-        --base) base=$2; shift 2 ;;
+        --torch) has_value "$@"; torch=$2; shift 2 ;;
+        --output) has_value "$@"; output=$2; shift 2 ;;
+        --base) has_value "$@"; base=$2; shift 2 ;;
         --pin) pin=yes; shift ;;
         --) shift; break ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
@@ -46,21 +48,31 @@ if [ $pin = yes ]; then
     exit 0
 fi
 
+# What would fail only after minutes.
+folder=$(dirname "$output")
+[ -d "$folder" ] && [ -w "$folder" ] || fail "the image cannot be written" "  where: $folder" \
+    "  mend:  name a file in a folder that exists and is yours"
+[ ! -d "$output" ] || fail "--output is a folder" "  where: $output" "  mend:  name the file, $output/cmrhpc.sif"
+output=$(readlink -f "$output")
+command -v apptainer > /dev/null || fail "apptainer is not here" \
+    "  mend:  \`module load apptainer\`, or build on another Linux machine and copy the .sif and .sha256"
+
 # What differs from the definition's own arguments.
 arguments=(--build-arg "commit=$(git -C "$here" describe --always --dirty 2> /dev/null || echo unknown)")
 [ -n "$base" ] || [ ! -e "$here/base.pin" ] || base=$(cat "$here/base.pin")
 [ -z "$base" ] || arguments+=(--build-arg "base=$base")
 if [ -n "$torch" ]; then
-    [ -e "$here/requirements-torch$torch.txt" ] || fail "there is no lock for torch $torch" \
+    [ -f "$here/requirements-torch$torch.txt" ] || fail "there is no lock for torch $torch" \
         "  mend:  python3 containers/lock.py --torch $torch, with the Python of the image"
     arguments+=(--build-arg "torch=$torch")
 fi
 
 # Room to unpack in.
 unpack=${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}
+mend="  mend:  set APPTAINER_TMPDIR to a folder with 12 GB free, on a local disk"
+[ -d "$unpack" ] && [ -w "$unpack" ] || fail "no folder to build in" "  where: $unpack" "$mend"
 free=$(df --output=avail --block-size=1G "$unpack" | tail -n 1)
-[ "$free" -ge 10 ] || fail "too little room to build in: $free GB free" "  where: $unpack" \
-    "  mend:  set APPTAINER_TMPDIR to a folder with 10 GB free, on a local disk"
+[ "$free" -ge 12 ] || fail "too little room to build in: $free GB free" "  where: $unpack" "$mend"
 
 # Turn pip's settings into variables, which the definition passes on: files of this machine are not seen inside.
 if python3 -m pip --version > /dev/null 2>&1; then
@@ -71,8 +83,15 @@ if python3 -m pip --version > /dev/null 2>&1; then
     done < <(python3 -m pip config list)
 fi
 
+# A base on disk is named from where the caller stands.
+for word in "$@"; do
+    case $word in base=*) [ ! -e "${word#base=}" ] || word=base=$(readlink -f "${word#base=}") ;; esac
+    arguments+=("$word")
+done
+
 cd "$here/.."
-apptainer build --force "${arguments[@]}" "$@" "$output.part" containers/cmrhpc.def || fail "the image was not built" \
-    "  mend:  where users may not build (no user namespaces), build on any Linux machine and copy the .sif and .sha256"
+apptainer build --force "${arguments[@]}" "$output.part" containers/cmrhpc.def || fail "the image was not built" \
+    "  mend:  Apptainer's words above tell why; where users may not build (no user namespaces), build on another Linux" \
+    "         machine and copy the .sif and .sha256"
 mv "$output.part" "$output"
 (cd "$(dirname "$output")" && sha256sum "$(basename "$output")" | tee "$output.sha256")
