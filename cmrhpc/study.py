@@ -146,7 +146,7 @@ class Primary:
     classifier: str
     arm: str
     ratio: float = setting(0.0, low=0.0)
-    versus: str = "none"
+    versus: str = "none"  # or affine
     metric: str = setting("accuracy", choices=METRICS)
 
 
@@ -309,6 +309,15 @@ def _check_study(study: Study, where: str) -> Study:
                 "[primary]",
                 "add it under [[arms]] or name another",
             )
+    if study.primary.versus not in ("none", "affine"):
+        what = f'the primary comparison is made with none or affine, not "{study.primary.versus}"'
+        raise wrong(what, "[primary] versus", 'write versus = "none" or versus = "affine"')
+    compared = cell_of(study.primary.arm, study.primary.ratio, arm_parts(study.primary.arm, study))
+    if compared == (study.primary.versus, 0.0):
+        raise wrong("the primary comparison is of an arm with itself", "[primary]", "name another arm, ratio or versus")
+    if compared == ("none", 0.0):
+        mend = 'write arm = "affine" and versus = "none", the same comparison seen from the other side'
+        raise wrong("none is what others are compared with", "[primary] arm", mend)
     if study.primary.classifier not in study.classifiers:
         raise unknown(study.primary.classifier, study.classifiers, f"{where} [primary] classifier")
     for name, generator in study.generators.items():

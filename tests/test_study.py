@@ -53,6 +53,29 @@ def test_each_mistake_is_named(study_text: str, old: str, new: str, words: list[
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("primary", "words"),
+    [
+        (
+            'arm = "dae-gan"\nratio = 2\nversus = "repeat-real"',
+            ["[primary] versus", '"repeat-real"', 'versus = "none"'],
+        ),
+        ('arm = "dae-gan"\nratio = 2\nversus = "dae-gan+affine"', ["[primary] versus", '"dae-gan+affine"']),
+        ('arm = "none"\nversus = "affine"', ["[primary] arm", 'arm = "affine" and versus = "none"']),
+        ('arm = "affine"\nversus = "affine"', ["of an arm with itself"]),
+        ('arm = "dae-gan"\nratio = 0', ["of an arm with itself"]),
+    ],
+)
+def test_a_primary_comparison_that_would_be_answered_as_another_is_refused(
+    study_text: str, primary: str, words: list[str]
+) -> None:
+    arms, _ = study_text.split("[primary]")
+    text = f'{arms}[[arms]]\nname = "repeat-real"\nratios = [0, 1]\n[primary]\nclassifier = "resnet50"\n{primary}\n'
+    with pytest.raises(BadInput) as raised:
+        parse_study(text)
+    assert all(word in str(raised.value) for word in words)
+
+
 EXTERNAL = '[generators.stylegan]\nexternal = "made"\n'
 
 
