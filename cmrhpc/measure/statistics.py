@@ -42,6 +42,11 @@ def interval(drawn: np.ndarray, n_patients: int, level: float = LEVEL) -> tuple[
     return float(low), float(high)
 
 
+def blind(low: float, high: float) -> bool:
+    """Both limits agree: no patient differs from another in what is measured, so resampling them tells nothing."""
+    return abs(high - low) < 1e-12
+
+
 def exact_limits(right: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Clopper-Pearson interval of a share of n patients, for where all or none are right and a bootstrap is blind."""
     from scipy import stats

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from cmrhpc.measure.metrics import check_scores
 from cmrhpc.plan import COHORT, FOLDS, Task
 from cmrhpc.report.tested import ImageTable, find_leaks, image_table
 from cmrhpc.shards import Shard
-from cmrhpc.study import Study, load_study
+from cmrhpc.study import Primary, Study, load_study
+from cmrhpc.typed import build
 
 SCHEMA = "predictions-1"
 Key = tuple[str, str, float]  # classifier, arm, ratio
@@ -45,7 +47,7 @@ class Cell:
     shard: Shard
     images: Images
     score: np.ndarray  # (N, K) f8
-    n_train: int  # real images that training or the choice of the best step saw
+    n_train: int  # real images that the weights were trained on; those for the choice of the best step do not count
     validation_label: np.ndarray
     validation_score: np.ndarray
     best_step: int
@@ -69,6 +71,14 @@ class Collection:
     patients: list[str]
     leaks: list[str]
     unchecked_ids: int  # training ids whose patient no shard tells
+    made_checked: int = 0  # synthetic and refined shards behind the predictions whose training ids were compared
+    made_unchecked: int = 0  # those that are not at hand or cannot be read
+    primaries: Counter[Primary | None] = field(default_factory=Counter)  # carried by the predictions; None: untold
+
+    @property
+    def declared_before(self) -> bool:
+        """Every prediction was made under the primary comparison that the study now names."""
+        return set(self.primaries) == {self.study.primary}
 
     @property
     def leaks_by_design(self) -> bool:
@@ -279,7 +289,9 @@ def collect(folder: Path) -> Collection:
         row = cells.setdefault((task.classifier, task.arm, task.ratio), {})
         row[task.repeat, task.fold] = _cell(task, one, table, shared)
     _check_tested_once(cells)
-    leaks, unchecked = find_leaks(data, tasks, table, by_image=study.folds.group_by == "image")
+    made, made_unchecked = _made_from(asked, [tasks[name] for name in accepted], data, pool)
+    both = data | made
+    leaks, unchecked = find_leaks(both, tasks | asked.makers, table, by_image=study.folds.group_by == "image")
     missing = {name: refused.get(name, "not computed") for name in tasks if name not in accepted}
     return Collection(
         root,
@@ -296,7 +308,53 @@ def collect(folder: Path) -> Collection:
         table.patients,
         leaks,
         unchecked,
+        len(made),
+        made_unchecked,
+        _primaries(accepted),
     )
+
+
+def _made_from(
+    asked: Asked, read_by: list[Task], predictions: Mapping[str, Mapping[str, np.ndarray]], pool: _Pool
+) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+    """Per synthetic or refined shard behind the predictions what it was made from and the ids that its fold tests.
+
+    The second value counts those that are not at hand (a copied predictions folder has none) or cannot be read.
+    """
+    waiting, behind = list(read_by), dict[str, Task]()
+    while waiting:
+        for path in plan.inputs(asked.study, waiting.pop()):
+            if path in asked.makers and path not in behind:
+                behind[path] = asked.makers[path]
+                waiting.append(asked.makers[path])
+    tested: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+    for task in read_by:
+        ids = predictions[task.output]["id"]
+        tested.setdefault((task.repeat, task.fold), {})[id(ids)] = ids
+    by_fold = {fold: pool.keep(np.unique(np.concatenate(list(ids.values())))) for fold, ids in tested.items()}
+    found = {}
+    for path, task in behind.items():
+        if not asked.header(path):
+            continue
+        try:
+            made_from = shards.read_shard(asked.root / path, "images-1")["train_id"]
+        except CmrhpcError:
+            continue
+        if made_from.dtype.kind == "S" and made_from.ndim == 1:
+            found[path] = {"id": by_fold[task.repeat, task.fold], "made_from_id": pool.keep(made_from)}
+    return found, len(behind) - len(found)
+
+
+def _primaries(accepted: dict[str, _Found]) -> Counter[Primary | None]:
+    """The primary comparison under which each prediction was made; None where a shard tells none."""
+    told: Counter[str] = Counter(str(one.shard.info.get("study", "")) for one in accepted.values())
+    found: Counter[Primary | None] = Counter()
+    for text, number in told.items():
+        try:
+            found[build(Primary, json.loads(text)["primary"], "study", "primary")] += number
+        except (CmrhpcError, ValueError, TypeError, KeyError, RecursionError):
+            found[None] += number
+    return found
 
 
 def _check_tested_once(cells: dict[Key, dict[tuple[int, int], Cell]]) -> None:
@@ -334,7 +392,7 @@ def _cell(task: Task, one: _Found, table: ImageTable, shared: dict[tuple[int, in
         one.shard,
         shared[key],
         data["score"].astype(float),
-        len(np.unique(data["train_id"])) + len(np.unique(data.get("validation_id", data["id"][:0]))),
+        len(np.unique(data["train_id"])),
         label,
         score,
         best if isinstance(best, int) else -1,

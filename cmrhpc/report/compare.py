@@ -2,7 +2,9 @@
 
 Every arm is compared with `none` and with `affine` on the folds that both have. The printed interval is the wider of
 two: the patient-clustered bootstrap sees which patients were drawn and not how training went; the corrected
-resampled t sees both, but poorly when folds are few. The p value that decides is the corrected t.
+resampled t sees both, but poorly when folds are few. The p value that decides is the corrected t. It tests the mean of
+the folds' own differences, which is not the pooled difference: folds weigh alike, one without a class is left out, and
+an AUC ranks the images of one fold only.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 from cmrhpc.measure import metrics, statistics
 from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report.collect import Cell, Key
-from cmrhpc.report.evaluate import Cells, Evaluator, Pooled, Row, per_patient
+from cmrhpc.report.evaluate import Cells, Evaluator, Pooled, Row, per_patient, rests_on
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import arm_parts, cell_of
 
@@ -42,6 +44,8 @@ class Comparison:
     n_patients: int
     only_arm_right: int  # patients (McNemar)
     only_versus_right: int
+    mean_fold_difference: float = float("nan")  # what p_corrected_t tests
+    n_tested: int = 0  # cells whose difference is defined, of which that is the mean
 
     @property
     def deciding_p(self) -> float:
@@ -51,7 +55,18 @@ class Comparison:
     @property
     def distinguishable(self) -> bool:
         """Both the deciding p value and the interval speak against no effect."""
-        return self.deciding_p < LEVEL and (self.low > 0 or self.high < 0)
+        return self.deciding_p < LEVEL and self.excludes_zero
+
+    @property
+    def excludes_zero(self) -> bool:
+        """The interval lies on one side of 0; False where there is none."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def interval_disagrees(self) -> bool:
+        """The interval and p, neither corrected for how many comparisons there are, say different things."""
+        both = np.isfinite(self.low) and np.isfinite(self.p_corrected_t)
+        return bool(both and (self.p_corrected_t < LEVEL) != self.excludes_zero)
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
     for key in rows:
         for versus in BASELINES:
             base = (key[0], versus, 0.0)
-            if base in rows and key != base and (key[1], versus) != ("none", "affine"):
+            if base in rows and key != base and key[1] != "none":
                 declared = study.primary.metric if primary == (key, versus) else ""
                 found += _compare(evaluator, rows, key, versus, declared)
 
@@ -125,11 +140,13 @@ def _compare(evaluator: Evaluator, rows: dict[Key, Row], key: Key, versus: str, 
     right_a, right_b, label = units_a.right, units_b.right, units_a.label
     delong = statistics.delong(label == 1, units_a.score[:, 1], units_b.score[:, 1]).p if classes == 2 else nan
     seed = derive_seed(evaluator.collection.study.seed, "permutation")
+    n = rests_on(units_a, classes)
     found = []
     for metric in METRICS:
         difference = pooled_a.values[metric] - pooled_b.values[metric]
-        test = statistics.corrected_t([folds[0][k][metric] - folds[1][k][metric] for k in sorted(a)], share)
-        low, high = _wider(difference, test, pooled_a, pooled_b, metric, len(np.unique(units_a.patient)))
+        by_fold = [folds[0][k][metric] - folds[1][k][metric] for k in sorted(a)]
+        test = statistics.corrected_t(by_fold, share)
+        low, high = _wider(difference, test, pooled_a, pooled_b, metric, n[metric])
         p, only_a, only_b = _patient_test(metric, right_a, right_b, label, classes, seed)
         found.append(
             Comparison(
@@ -149,6 +166,8 @@ def _compare(evaluator: Evaluator, rows: dict[Key, Row], key: Key, versus: str, 
                 len(np.unique(units_a.patient)),
                 only_a,
                 only_b,
+                test.mean,
+                int(np.isfinite(by_fold).sum()),
             )
         )
     return found
@@ -161,12 +180,17 @@ def _values(row: Row) -> dict[str, float]:
 def _wider(
     difference: float, test: statistics.TTest, a: Pooled, b: Pooled, metric: str, n_patients: int
 ) -> tuple[float, float]:
-    """The outer limits of the bootstrap interval and of the corrected t interval about the pooled difference."""
+    """The outer limits of the bootstrap interval and of the corrected t interval about the pooled difference.
+
+    n_patients: patients that the metric rests on. NaN where neither finds any spread.
+    """
     if not np.isfinite(difference):
         return float("nan"), float("nan")
     low, high = statistics.interval(a.drawn[metric] - b.drawn[metric], n_patients)
     if np.isfinite(test.low):
         low, high = np.fmin(low, test.low + difference - test.mean), np.fmax(high, test.high + difference - test.mean)
+    if statistics.blind(low, high):
+        return float("nan"), float("nan")
     low, high = np.clip([low, high], -1, 1)  # with few folds the t interval reaches beyond any difference
     return float(low), float(high)
 

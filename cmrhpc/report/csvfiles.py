@@ -99,7 +99,10 @@ def comparisons_csv(result: Result) -> str:
 
 
 def comparison_details_csv(result: Result) -> str:
-    """What else is known of each comparison: role, cells and patients that it rests on, DeLong, discordant patients."""
+    """What else is known of each comparison: role, cells and patients that it rests on, DeLong, discordant patients.
+
+    mean_fold_difference over n_tested cells is what p_corrected_t tests; difference is of the pooled values.
+    """
     header = (
         *COMPARISON[:5],
         "role",
@@ -109,6 +112,8 @@ def comparison_details_csv(result: Result) -> str:
         "only_arm_right",
         "only_versus_right",
         "p_delong",
+        "mean_fold_difference",
+        "n_tested",
     )
     lines = [
         [
@@ -122,6 +127,8 @@ def comparison_details_csv(result: Result) -> str:
             c.only_arm_right,
             c.only_versus_right,
             c.p_delong,
+            c.mean_fold_difference,
+            c.n_tested,
         ]
         for c in result.comparisons
     ]

@@ -18,6 +18,7 @@ from cmrhpc.report.collect import Cell, Collection, Key
 from cmrhpc.seeds import derive_seed
 
 Cells = dict[tuple[int, int], Cell]  # by (repeat, fold)
+COUNTED = ("accuracy", "sensitivity", "specificity")  # of a binary study: shares of patients of a kind
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Evaluator:
             return Row(key, empty, np.full((self.n_classes,) * 2, np.nan), nothing, [], 0, 0, n_missing, None)
         pooled = self.pooled(cells)
         patients = per_patient(cells.values(), self.n_classes)
-        limits = self._limits(pooled, patients)
+        limits = self.limits(pooled, patients)
         figures = {name: Figure(pooled.values[name], *limits[name]) for name in METRICS}
         classes = [metrics.per_class(counts) for counts in pooled.counts]
         means = {name: nanmean([found[name] for found in classes]) for name in classes[0]}
@@ -155,26 +156,16 @@ class Evaluator:
         found = metrics.rates((self.weights @ per_patient_counts).reshape(-1, k, k))
         return found | {"auc": metrics.class_auc(label, score, patient, self.weights)}
 
-    def _limits(self, pooled: Pooled, patients: PerPatient) -> dict[str, tuple[float, float]]:
+    def limits(self, pooled: Pooled, patients: PerPatient) -> dict[str, tuple[float, float]]:
         """95 % interval of each metric; exact over patients where every resample gives 0 or 1."""
-        owners = [patients.patient[patients.label == label] for label in range(self.n_classes)]
-        per_class = [len(np.unique(owner)) for owner in owners]
-        smallest, all_of_them = min(per_class), len(np.unique(patients.patient))
-        binary = self.n_classes == 2
-        rests_on = {
-            "accuracy": all_of_them,
-            "sensitivity": per_class[1] if binary else smallest,
-            "specificity": per_class[0] if binary else smallest,
-            "balanced_accuracy": smallest,
-            "auc": smallest,
-        }
+        n = rests_on(patients, self.n_classes)
         limits = {}
         for name in METRICS:
-            low, high = statistics.interval(pooled.drawn.get(name, np.full(1, np.nan)), rests_on[name])
-            if low == high:  # no patient differs from another, so resampling them tells nothing
-                value, n = pooled.values[name], rests_on[name]
-                counted = binary and name in ("accuracy", "sensitivity", "specificity") and value in (0.0, 1.0)
-                low, high = statistics.exact_limits(round(value * n), n) if counted else (float("nan"),) * 2
+            low, high = statistics.interval(pooled.drawn.get(name, np.full(1, np.nan)), n[name])
+            if statistics.blind(low, high):
+                value = pooled.values[name]
+                counted = self.n_classes == 2 and name in COUNTED and value in (0.0, 1.0)
+                low, high = statistics.exact_limits(round(value * n[name]), n[name]) if counted else (float("nan"),) * 2
             limits[name] = (low, high)
         return limits
 
@@ -186,6 +177,19 @@ class Pooled:
     values: dict[str, float]
     drawn: dict[str, np.ndarray]
     counts: list[np.ndarray]
+
+
+def rests_on(patients: PerPatient, n_classes: int) -> dict[str, int]:
+    """How many patients each metric rests on: those of its class, or of the smaller class where it needs all."""
+    per_class = [len(np.unique(patients.patient[patients.label == label])) for label in range(n_classes)]
+    smallest, binary = min(per_class), n_classes == 2
+    return {
+        "accuracy": len(np.unique(patients.patient)),
+        "sensitivity": per_class[1] if binary else smallest,
+        "specificity": per_class[0] if binary else smallest,
+        "balanced_accuracy": smallest,
+        "auc": smallest,
+    }
 
 
 def nanmean(values: Iterable[np.ndarray | float]) -> np.ndarray:

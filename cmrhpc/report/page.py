@@ -14,7 +14,7 @@ from cmrhpc.measure.kernel_distance import FEATURES
 from cmrhpc.report import tables
 from cmrhpc.report.gallery import MAX_IMAGES, Gallery
 from cmrhpc.report.published import WARNING, published
-from cmrhpc.report.result import NONE, Result, arm_text, count, percent
+from cmrhpc.report.result import NONE, Result, arm_text, count, leaks_in_words, percent
 
 TEMPLATE = "page.html.j2"
 MAX_LISTED = 200  # missing cells, leaks and notes; the CSV files have all
@@ -75,12 +75,12 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         published_warning=WARNING if any(published(k, len(study.classes)) for k in result.rows) else "",
         figures=[_picture(drawn[n], TITLES[n], CAPTIONS[n], 1 / 1.3) for n in CAPTIONS if n in drawn],
         intervals=tables.INTERVALS,
-        comparisons_note=tables.COMPARISONS,
+        comparisons_note=tables.comparisons_note(result),
+        leaks_told=leaks_in_words(collection),
         main_header=tables.main_header(result)[1:],
         comparison_header=tables.comparison_header(),
         short_header=_without_metric([tables.comparison_header()])[0],
         short_comparisons=_without_metric(tables.comparison_lines(result, study.primary.metric)),
-        n_primary=1 if result.primary else 0,
         all_comparisons=tables.comparison_lines(result),
         best_header=tables.best_header(),
         best=tables.best_lines(result),
@@ -103,10 +103,9 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
 def _groups(result: Result) -> list[tuple[str, list[tuple[list[str], bool]]]]:
     """Per classifier the lines of the main table without the classifier; True: the arm of the primary comparison."""
     lines = tables.main_lines(result)
-    primary = result.primary.key if result.primary else None
     groups: dict[str, list[tuple[list[str], bool]]] = {}
     for key, line in zip(result.rows, lines, strict=True):
-        groups.setdefault(key[0], []).append((line[1:], key == primary))
+        groups.setdefault(key[0], []).append((line[1:], key == result.primary.key))
     return list(groups.items())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cmrhpc.report.collect import Collection, Key
 from cmrhpc.report.compare import BestRatio, Comparison, best_ratios, compare_all, primary_key
 from cmrhpc.report.evaluate import Evaluator, Figure, Row
-from cmrhpc.study import arm_parts
+from cmrhpc.study import Primary, arm_parts
 
 NONE = "–"  # a number that is missing or undefined
 METRIC_NAMES = {
@@ -29,7 +29,7 @@ class Result:
     rows: dict[Key, Row]
     comparisons: list[Comparison]
     best: list[BestRatio]
-    primary: Comparison | None
+    primary: Comparison
     question: str
     answer: str
     patients_line: str
@@ -49,7 +49,7 @@ def evaluate(collection: Collection) -> Result:
     evaluator = Evaluator(collection)
     rows = {key: evaluator.row(key) for key in collection.keys}
     comparisons = compare_all(evaluator, rows)
-    primary = next((c for c in comparisons if c.primary), None)
+    primary = next(c for c in comparisons if c.primary)
     question, answer = answer_in_words(collection, primary, primary_key(evaluator))
     return Result(
         collection,
@@ -124,10 +124,11 @@ def verdict(c: Comparison) -> str:
     if not math.isfinite(c.difference):
         return "cannot be computed"
     if not math.isfinite(c.p_corrected_t):
-        return "no test is possible on so few folds"
+        few = "no test is possible on so few folds"
+        return few if c.n_tested < 2 else "all folds differ equally, no spread to test by"
     if c.distinguishable:
         return f"distinguishable from no effect: {'better' if c.difference > 0 else 'worse'}"
-    return "not distinguishable from no effect"
+    return "not distinguishable from no effect" + ("; interval and p disagree" if c.interval_disagrees else "")
 
 
 # ---------------------------------------------------------------------------------------------- sentences
@@ -142,28 +143,55 @@ def patients_in_words(collection: Collection) -> str:
     return ", ".join(parts)
 
 
-def answer_in_words(collection: Collection, primary: Comparison | None, declared: tuple[Key, str]) -> tuple[str, str]:
-    """The question that the study declared before it ran, and the answer, a sentence each."""
+def answer_in_words(collection: Collection, primary: Comparison, declared: tuple[Key, str]) -> tuple[str, str]:
+    """The question of the study's primary comparison, and the answer, a sentence each."""
     (classifier, arm, ratio), versus = declared
     metric = METRIC_NAMES[collection.study.primary.metric]
     training = "training on real images alone" if versus == "none" else f"the arm {versus}"
     question = f"Does {arm_text(arm, ratio)} change the {metric} of {classifier}, compared with {training} ({versus})?"
     name = f"ratio {ratio:g} of {arm}" if ratio else arm
-    if primary is None:
-        return question, f"{name}: the study compares it with itself, so there is no answer."
     if not primary.n_common or not math.isfinite(primary.difference):
         why = "no fold has both arms yet" if not primary.n_common else f"the {metric} is undefined on these images"
         return question, f"{name}: no answer, {why}."
-    limits = f"95 % interval {points(primary.low)} to {points(primary.high)}"
+    there = math.isfinite(primary.low)
+    limits = f"95 % interval {points(primary.low)} to {points(primary.high)}" if there else "no interval"
     effect = f"{points(primary.difference, sign=True)} points {metric}"
     tail = f"; {verdict(primary)}"
     if math.isfinite(primary.p_corrected_t):
         p = p_text(primary.p_corrected_t)
         tail += f" (p {p})" if p.startswith("<") else f" (p = {p})"
+        if primary.metric == "auc" or primary.interval_disagrees:
+            within = points(primary.mean_fold_difference, sign=True)
+            tail += f"; p tests the mean of the folds' own differences, {within} points"
     if primary.n_left_out:
         both = count(primary.n_common, "cell")
         tail += f"; on the {both} (fold and repeat) that both arms have, {primary.n_left_out} left out"
     return question, f"{name}: {effect}, {limits}{tail}."
+
+
+def primary_in_words(primary: Primary) -> str:
+    """`dae-gan at ratio 3 against none, AUC of resnet50`."""
+    arm = arm_text(primary.arm, primary.ratio)
+    return f"{arm} against {primary.versus}, {METRIC_NAMES[primary.metric]} of {primary.classifier}"
+
+
+def leaks_in_words(collection: Collection) -> list[str]:
+    """What was compared in the search for leaks, and what it was not able to see."""
+    ids = "training and validation ids"
+    what = ids if collection.study.folds.group_by == "image" else f"patients of the {ids}"
+    compared = f"In every prediction the {what} were compared with those of the test"
+    if n := collection.unchecked_ids:
+        compared += f"; of {count(n, 'training id')} no shard tells the patient, so these could not be compared"
+    found = [compared + "."]
+    made = "synthetic or refined shard"
+    if n := collection.made_checked:
+        found.append(f"So were those of the {count(n, made)} from which these predictions were made.")
+    if n := collection.made_unchecked:
+        found.append(
+            f"What the generators and refiners were trained on was not checked here for {count(n, made)} "
+            "not at hand: run cmrhpc verify in the workspace."
+        )
+    return found
 
 
 def warnings_of(collection: Collection) -> list[str]:
@@ -176,6 +204,13 @@ def warnings_of(collection: Collection) -> list[str]:
         )
     if collection.leaks:
         found.append("Leak: test patients or test images were found in training; see Missing cells and leaks.")
+    total = sum(collection.primaries.values())
+    for other, n in collection.primaries.items():
+        if other not in (None, study.primary):
+            found.append(
+                f"The primary comparison was changed after {n} of {count(total, 'prediction')} were made; it was "
+                f"{primary_in_words(other)}. What is called primary here was not declared before the study ran."
+            )
     if collection.missing:
         found.append(
             f"Incomplete: {len(collection.missing)} of {len(collection.expected)} cells are missing; the figures rest "

@@ -27,12 +27,24 @@ INTERVALS = (
     "patients were drawn, not how training would go another time."
 )
 COMPARISONS = (
-    "Differences in percentage points (AUC: hundredths) on the folds that both have. Interval: the wider of patient "
-    "bootstrap and corrected resampled t. p: corrected t over folds and repeats (Nadeau-Bengio), which decides. "
-    "McNemar: one prediction per patient, exact, for these trained models only (balanced accuracy: patient-wise "
-    "permutation; AUC: DeLong on patients). One comparison, the primary, was declared before the study ran; all others "
-    "are exploratory, Holm-corrected within a classifier and metric."
+    "Differences in percentage points (AUC: hundredths) of the pooled values, on the folds that both have. Interval: "
+    "the wider of patient bootstrap and corrected resampled t; none where neither finds a spread. p: corrected t over "
+    "folds and repeats (Nadeau-Bengio, with test images over images that weights were trained on; validation images "
+    "are not among them), which decides. It tests the mean of the folds' own differences (comparison_details.csv): "
+    "folds without one of the classes have no part in it, and an AUC ranks the images of one fold only. Where interval "
+    "and p say different things, the reading says that they disagree. McNemar: one prediction per patient, exact, for "
+    "these trained models only (balanced accuracy: patient-wise permutation; AUC: DeLong on patients). "
 )
+
+
+def comparisons_note(result: Result) -> str:
+    """How the comparisons are to be read, and which of them was declared beforehand."""
+    declared = "was declared before the study ran" if result.collection.declared_before else "stands alone"
+    return (
+        f"{COMPARISONS}One comparison, the primary, {declared}; all others are exploratory, Holm-corrected within a "
+        "classifier and metric. Interval and p are not corrected, so an interval without 0 may stand beside the "
+        "reading that an exploratory difference is not distinguishable from no effect."
+    )
 
 
 # ------------------------------------------------------------------------------- tables for people, one source
@@ -152,7 +164,7 @@ def table_md(result: Result) -> str:
     if any(_published(result, key) for key in result.rows):
         parts += [markdown_text(WARNING), ""]
     parts += ["## Comparisons", "", *_markdown_table(comparison_header(), comparison_lines(result))]
-    parts += ["", markdown_text(COMPARISONS), ""]
+    parts += ["", markdown_text(comparisons_note(result)), ""]
     if result.best:
         parts += ["## Best ratio, chosen on validation patients", ""]
         parts += [*_markdown_table(best_header(), best_lines(result)), ""]

@@ -1,4 +1,4 @@
-"""All images that the accepted predictions test, and whether training saw any of them or of their patients."""
+"""All images that the accepted predictions test, and whether any training saw any of them or of their patients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import numpy as np
 from cmrhpc.errors import BadInput
 from cmrhpc.plan import Task
 
-Data = Mapping[str, np.ndarray]  # datasets of one prediction shard; arrays that are equal are one object
+Data = Mapping[str, np.ndarray]  # datasets of one shard; arrays that are equal are one object
+PARTS = {
+    "train_id": "train",
+    "validation_id": "validation",
+    "made_from_id": "the training of a generator or refiner",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def find_leaks(
 ) -> tuple[list[str], int]:
     """Test images or patients that training or validation saw, one line per fold and kind; and ids not checkable.
 
+    data holds of every shard `id`, the tested ids of its fold, and those of PARTS that it has.
     by_image: the study splits images, so only shared images are counted; the report calls the whole study leaking.
     """
     found: dict[tuple[int, int, str], list[str]] = {}
@@ -62,7 +68,7 @@ def find_leaks(
     unknown: set[bytes] = set()
     for name, one in data.items():
         task = tasks[name]
-        key = tuple(id(one.get(n)) for n in ("id", "train_id", "validation_id"))
+        key = tuple(id(one.get(n)) for n in ("id", *PARTS))
         if key not in checked:
             checked[key] = _leaks_of(one, table, unknown, by_image)
         for line in checked[key]:
@@ -77,8 +83,8 @@ def find_leaks(
 def _leaks_of(data: Data, table: ImageTable, unknown: set[bytes], by_image: bool) -> list[str]:
     lines = []
     tested = np.unique(table.patient[table.rows(data["id"])])
-    for part in ("train", "validation"):
-        ids = np.unique(data.get(f"{part}_id", data["id"][:0]))
+    for name, part in PARTS.items():
+        ids = np.unique(data.get(name, data["id"][:0]))
         if both := len(np.intersect1d(ids, data["id"])):
             lines.append(f"{both} test image{'s' * (both > 1)} in {part}")
         rows = table.rows(ids)

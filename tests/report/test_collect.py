@@ -15,6 +15,7 @@ from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import collect
 from cmrhpc.report.result import evaluate
 from cmrhpc.report.tables import table_md
+from cmrhpc.study import parse_study
 from tests.report import made
 
 
@@ -223,6 +224,96 @@ def test_leaks_are_found_by_image_and_by_patient(tmp_path: Path, study, one, sco
         "repeat 1 fold 2: 1 test image in train (4 shards)",
         f"repeat 1 fold 2: 1 test patient in train: {patient} (4 shards)",
     ]
+
+
+def write_made(root: Path, study, one, inputs: dict[str, str], leaking: tuple[int, int] | None) -> None:
+    """Synthetic and refined shards of a whole workspace; in `leaking`, a (repeat, fold), trained on a test image."""
+    for task in (t for stage in ("synthesize", "refine") for t in plan.tasks(study, stage)):
+        train, _, test = one.split[task.repeat, task.fold]
+        rows = np.flatnonzero(train)
+        if task.stage == "synthesize" and (task.repeat, task.fold) == leaking:
+            rows = np.r_[rows, np.flatnonzero(test)[:1]]
+        inputs[task.output] = shards.write_shard(
+            root / task.output,
+            {
+                "image": np.zeros((2, 1, 16, 16), np.float32),
+                "label": np.zeros(2, np.int64),
+                "train_id": shards.text_array(one.ids[rows].tolist()),
+            },
+            schema="images-1",
+            task=task.to_json(),
+            settings=plan.settings(study, task),
+            inputs={p: inputs.get(p, made.HASHES.get(p)) for p in plan.inputs(study, task)},
+            seed=plan.seed(study, task),
+        )
+
+
+def test_a_generator_trained_on_test_patients_is_found_where_its_shard_is_at_hand(tmp_path: Path) -> None:
+    """Only the synthetic shards behind refined ones leak: the predictions' own training ids are clean."""
+    text = made.toml(arms="none dae-gan+simgan:3", primary='arm = "dae-gan+simgan"\nratio = 3')
+    study = parse_study(text)
+    one = made.cohort(study)
+    inputs: dict[str, str] = {}
+    (tmp_path / "study.toml").write_text(text)
+    write_made(tmp_path, study, one, inputs, leaking=(1, 2))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}), inputs=inputs)
+    result = aggregate(tmp_path)
+    patient = one.patient[np.flatnonzero(one.split[1, 2][2])[0]]
+    part = "the training of a generator or refiner"
+    assert result.leaks == [
+        f"repeat 1 fold 2: 1 test image in {part} (2 shards)",
+        f"repeat 1 fold 2: 1 test patient in {part}: {patient} (2 shards)",
+    ]
+    assert "No leak found" not in result.page.read_text()
+
+
+def test_the_page_says_which_generators_were_looked_at(tmp_path: Path) -> None:
+    text = made.toml(arms="none dae-gan:3")
+    study = parse_study(text)
+    one = made.cohort(study)
+    inputs: dict[str, str] = {}
+    (tmp_path / "study.toml").write_text(text)
+    write_made(tmp_path, study, one, inputs, leaking=None)
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}), inputs=inputs)
+    page = aggregate(tmp_path).page.read_text()
+    assert "No leak found." in page
+    assert "So were those of the 12 synthetic or refined shards from which these predictions were made." in page
+    alone = aggregate(tmp_path / "predictions", tmp_path / "alone").page.read_text()
+    assert "So were those of the 12" in alone  # the folder lies in its workspace
+    shutil.copytree(tmp_path / "predictions", tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
+    copied = aggregate(tmp_path / "copy").page.read_text()
+    assert "No leak found in the predictions." in copied
+    assert "not checked here for 12 synthetic or refined shards not at hand: run cmrhpc verify" in copied
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_declared(tmp_path: Path, alone) -> None:
+    text = made.toml(arms="none dae-gan:1,3", primary='arm = "dae-gan"\nratio = 3')
+    study = parse_study(text)
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    declared = "Declared before the study ran"
+    assert declared in aggregate(tmp_path).page.read_text()
+    changed = text.replace("ratio = 3\n", 'ratio = 1\nmetric = "auc"\n')
+    now = parse_study(changed)
+    if alone:  # no study.toml: the newest shard tells the study
+        task = plan.tasks(now, "classify")[0]
+        info = {"study": shards.canonical(now.to_json()), "written": "2999-01-01T00:00:00Z"}
+        made.write_one(tmp_path, now, task, made.datasets(one, task, made.noisy_scores(one.label, 2, {})), info=info)
+    else:
+        (tmp_path / "study.toml").write_text(changed)
+    result = aggregate(tmp_path)
+    n = 17 if alone else 18
+    assert any(
+        f"changed after {n} of 18 predictions were made; it was dae-gan at ratio 3 against none, accuracy of resnet50."
+        in warning
+        for warning in result.result.warnings
+    )
+    assert "AUC of resnet50" in result.result.question
+    for text in (result.page.read_text(), (tmp_path / "report" / "table.md").read_text()):
+        assert declared not in text
+        assert "the primary, was declared" not in text
+        assert "was not declared before the study ran" in text
 
 
 def test_training_ids_that_no_shard_tests_are_counted(tmp_path: Path, study, one, scores) -> None:

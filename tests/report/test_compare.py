@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ from cmrhpc import plan
 from cmrhpc.measure import statistics
 from cmrhpc.report.collect import Cell, Collection, Images, collect
 from cmrhpc.report.compare import compare_all
+from cmrhpc.report.csvfiles import comparison_details_csv
 from cmrhpc.report.evaluate import Evaluator
-from cmrhpc.report.result import evaluate
+from cmrhpc.report.result import evaluate, verdict
+from cmrhpc.report.tables import comparison_lines, table_md
 from tests.report import made
 
 
@@ -31,7 +35,6 @@ def test_a_fold_that_one_arm_lacks_is_left_out_of_both(tmp_path: Path) -> None:
     )
     result = evaluate(collect(tmp_path))
     found = result.primary
-    assert found is not None
     assert (found.n_common, found.n_left_out) == (5, 1)
     cells = result.collection.cells
     expected = []
@@ -58,9 +61,9 @@ def test_the_corrected_t_of_a_comparison_is_that_of_its_folds(tmp_path: Path) ->
     result = evaluate(collect(tmp_path))
     folds = [{(f.repeat, f.fold): f.values["accuracy"] for f in result.rows[key].folds} for key in result.rows]
     differences = [folds[1][k] - folds[0][k] for k in sorted(folds[0])]
-    shares = [(test.sum()) / (train.sum() + validation.sum()) for train, validation, test in one.split.values()]
+    shares = [test.sum() / train.sum() for train, _, test in one.split.values()]  # validation images train no weight
     expected = statistics.corrected_t(differences, float(np.mean(shares)))
-    assert result.primary is not None
+    assert "validation images are not among them" in table_md(result)
     assert result.primary.p_corrected_t == pytest.approx(expected.p, abs=1e-12)
     assert result.primary.high - result.primary.low >= expected.high - expected.low - 1e-12
     assert result.primary.low <= result.primary.difference <= result.primary.high
@@ -73,6 +76,82 @@ def test_an_interval_of_two_folds_is_wide_and_stays_within_what_a_difference_can
     found = evaluate(collect(tmp_path)).comparisons
     assert all(-1 <= c.low <= c.difference <= c.high <= 1 for c in found)
     assert max(c.high - c.low for c in found) > 0.5
+
+
+def test_an_interval_of_a_rate_rests_on_the_patients_of_its_class(tmp_path: Path) -> None:
+    """6 of 30 patients are normal: the bootstrap interval of specificity is widened for 6, as in the table's rows."""
+    study = made.study(arms="none affine dae-gan:3", primary='arm = "dae-gan"\nratio = 3\nmetric = "specificity"')
+    one = made.cohort(study, patients=(6, 24))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    evaluator = Evaluator(collect(tmp_path))
+    rows = {key: evaluator.row(key) for key in evaluator.collection.keys}
+    for metric, n in (("accuracy", 30), ("sensitivity", 24), ("specificity", 6), ("balanced_accuracy", 6), ("auc", 6)):
+        for c in (c for c in compare_all(evaluator, rows) if c.metric == metric):
+            drawn = rows[c.key].drawn[metric] - rows["resnet50", c.versus, 0.0].drawn[metric]
+            low, high = statistics.interval(drawn, n)
+            assert c.low <= max(low, -1) + 1e-12
+            assert c.high >= min(high, 1) - 1e-12
+
+
+def offset_scores(one: made.Cohort):
+    """In the arm dae-gan every fold ranks its images as none does, but on a scale of its own."""
+    base = np.random.default_rng(0).normal(size=len(one.ids)) + 1.2 * one.label
+
+    def scores(task, rows):
+        jitter = np.random.default_rng([task.repeat, task.fold]).normal(size=len(rows))
+        p = 1 / (1 + np.exp(-(base[rows] + 0.2 * jitter + (task.arm == "dae-gan") * (task.fold - 2) * 1.5)))
+        return np.c_[1 - p, p]
+
+    return scores
+
+
+def test_the_answer_says_what_p_tests_and_that_it_disagrees_with_the_interval(tmp_path: Path) -> None:
+    """Every fold's own AUC is the same in both arms, the pooled one is not."""
+    study = made.study(arms="none dae-gan:3", k=5, primary='arm = "dae-gan"\nratio = 3\nmetric = "auc"')
+    one = made.cohort(study, patients=(30, 60))
+    made.write(tmp_path, study, one, offset_scores(one))
+    result = evaluate(collect(tmp_path))
+    primary = result.primary
+    assert primary.high < -0.01
+    assert primary.p_corrected_t == 1.0
+    assert (primary.mean_fold_difference, primary.n_tested) == (pytest.approx(0, abs=1e-12), 10)
+    assert result.answer.endswith(
+        "; not distinguishable from no effect; interval and p disagree (p = 1.000); "
+        "p tests the mean of the folds' own differences, 0.0 points."
+    )
+    lines = list(csv.DictReader(comparison_details_csv(result).splitlines()))
+    told = next(line for line in lines if line["role"] == "primary")
+    assert (float(told["mean_fold_difference"]), told["n_tested"]) == (pytest.approx(0, abs=1e-12), "10")
+
+
+def test_arms_that_read_every_image_alike_have_no_interval(tmp_path: Path) -> None:
+    """A bootstrap that finds no spread is blind: no interval, and not one of width zero."""
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, lambda task, rows: np.tile([0.2, 0.8], (len(rows), 1)))
+    result = evaluate(collect(tmp_path))
+    assert all(math.isnan(c.low) and math.isnan(c.high) and not c.distinguishable for c in result.comparisons)
+    assert result.answer == (
+        "ratio 3 of dae-gan: 0.0 points accuracy, no interval; not distinguishable from no effect (p = 1.000)."
+    )
+    assert all(line[5] == "–" for line in comparison_lines(result))
+
+
+def test_folds_that_all_differ_equally_are_not_called_few(tmp_path: Path) -> None:
+    """none reads all images rightly, dae-gan calls all diseased: specificity falls by 100 points in every fold."""
+    study = made.study(arms="none dae-gan:3", primary='arm = "dae-gan"\nratio = 3\nmetric = "specificity"')
+    one = made.cohort(study)
+
+    def scores(task, rows):
+        p = np.where((one.label[rows] == 1) | (task.arm == "dae-gan"), 0.9, 0.1)
+        return np.c_[1 - p, p]
+
+    made.write(tmp_path, study, one, scores)
+    result = evaluate(collect(tmp_path))
+    assert result.answer == (
+        "ratio 3 of dae-gan: -100.0 points specificity, no interval; all folds differ equally, no spread to test by."
+    )
+    assert verdict(replace(result.primary, n_tested=1)) == "no test is possible on so few folds"
 
 
 def test_one_primary_and_holm_over_the_others_of_a_classifier_and_metric(tmp_path: Path) -> None:
