@@ -343,7 +343,9 @@ def _run_verb(arguments: list[str], is_script: bool) -> int:
     except CmrhpcError as error:
         if debug:
             raise
-        print(f"cmrhpc: {error}", file=sys.stderr)
+        # What `task` says goes to a log of the workspace.
+        told = str(error) if "task" in arguments[:1] else error.for_a_person()
+        print(f"cmrhpc: {told}", file=sys.stderr)
         return error.exit_code
     except (OSError, MemoryError) as error:
         if debug:

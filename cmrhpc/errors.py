@@ -6,14 +6,19 @@ from __future__ import annotations
 class CmrhpcError(Exception):
     """Base of every error that is reported as one message and never as a traceback.
 
-    what: one sentence, what is wrong. where: file, row, field. mend: how to mend it.
+    what: one sentence, what is wrong. where: file, row, field. mend: how to mend it. found: what stands there, which
+    may name a patient or a file: for a terminal (`for_a_person`) and never for a log or record.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, where: str = "", mend: str = ""):
-        self.what, self.where, self.mend = what, where, mend
-        super().__init__(what, where, mend)
+    def __init__(self, what: str, where: str = "", mend: str = "", found: str = ""):
+        self.what, self.where, self.mend, self.found = what, where, mend, found
+        super().__init__(what, where, mend, found)
+
+    def for_a_person(self) -> str:
+        """All of it."""
+        return f"{self}\n  found: {self.found}" if self.found else str(self)
 
     def __str__(self) -> str:
         lines = [self.what]

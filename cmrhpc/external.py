@@ -77,21 +77,23 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise BadInput(f"{SUMS} is larger than {MAX_BYTES >> 20} MiB", str(path), "one line per image is enough")
+            raise BadInput(
+                f"{SUMS} is larger than {MAX_BYTES >> 20} MiB", SUMS, "one line per image is enough", str(path)
+            )
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise BadInput(f"no {SUMS} among the external images", str(path), MAKE_SUMS) from None
+        raise BadInput(f"no {SUMS} among the external images", "", MAKE_SUMS, str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {SUMS}: {error}", str(path), MAKE_SUMS) from None
+        raise BadInput(f"cannot read {SUMS}", "", MAKE_SUMS, f"{path}: {error}") from None
     for number, line in enumerate(lines, 1):
         if not (match := _LINE.fullmatch(line)):
-            raise BadInput(f"not a line of sha256sum: {line[:80]!r}", f"{path} line {number}", MAKE_SUMS)
+            raise BadInput("not a line of sha256sum", f"{SUMS} line {number}", MAKE_SUMS, f"{path}: {line[:80]!r}")
         folder, _, name = match[2].partition("/")
         if not name or "/" in name or folder == ".." or name == "..":
             continue
         files = found.setdefault(folder, {})
         if name in files:
-            raise BadInput("a file is listed twice", f"{path} line {number}", MAKE_SUMS)
+            raise BadInput("a file is listed twice", f"{SUMS} line {number}", MAKE_SUMS, str(path))
         files[name] = match[1].lower()
     return {folder: dict(sorted(found[folder].items())) for folder in sorted(found)}
 
@@ -107,11 +109,11 @@ def place_of(root: Path, sums: dict[str, dict[str, str]], task: Task) -> Place:
             place = Place(root, name, sums[name])
             if DECLARATION not in place.files:
                 mend = f"list there the ids of the real images that training saw (column id), then {MAKE_SUMS}"
-                raise BadInput(f"no {DECLARATION}: what was the generator trained on?", f"{root}/{name}", mend)
+                raise BadInput(f"no {DECLARATION}: what was the generator trained on?", name, mend, str(root))
             if not place.images:
-                raise BadInput("no image", f"{root}/{name}", f"put images there, then {MAKE_SUMS}")
+                raise BadInput("no image", name, f"put images there, then {MAKE_SUMS}", str(root))
             return place
-    raise BadInput(f"no folder {' or '.join(names)} in {SUMS}", str(root), f"put images there, then {MAKE_SUMS}")
+    raise BadInput(f"no folder {' or '.join(names)} in {SUMS}", SUMS, f"put images there, then {MAKE_SUMS}", str(root))
 
 
 def read_columns(path: Path, where: str) -> tuple[list[str], list[dict[str, str]]]:

@@ -36,7 +36,7 @@ def verify(workspace: Workspace) -> Verdict:
     Also the report against its seal, and the frozen task lists. Logs, which only grow, are not checked.
     """
     result = Verdict()
-    judge = Judge(workspace, check=True)
+    judge = Judge(workspace, check=True, raw=True)
     present = workspace.listing()
     sound: dict[str, shards.Shard] = {}
     for name in sorted(present):

@@ -210,9 +210,9 @@ class Workspace:
     def states(self, stages: tuple[str, ...] = STAGES, check: bool = False) -> dict[str, list[State]]:
         """Every wanted task of the given stages with its index, and whether it is done or why not.
 
-        check: hash every file as well, so that a damaged one counts as missing.
+        check: hash every file as well, also raw ones, so that a damaged one counts as missing.
         """
-        judge = Judge(self, check)
+        judge = Judge(self, check, raw=check)
         return {stage: judge.stage(stage) for stage in stages}
 
 
@@ -222,10 +222,13 @@ class Judge:
     check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
     onto a shard (same inode) would not change.
     read: what shards said that the caller has just read whole, so that they are not read again.
+    raw: hash every raw image and mask too, where their folder can be reached.
     """
 
-    def __init__(self, workspace: Workspace, check: bool = False, read: Mapping[str, Entry] | None = None):
-        self.workspace, self.study, self.check, self.read = workspace, workspace.study, check, read or {}
+    def __init__(
+        self, workspace: Workspace, check: bool = False, read: Mapping[str, Entry] | None = None, raw: bool = False
+    ):
+        self.workspace, self.study, self.check, self.read, self.raw = workspace, workspace.study, check, read or {}, raw
         self.index = workspace.index()
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
         self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
@@ -321,7 +324,20 @@ class Judge:
         told = entry.inputs.get(self.study.data.table)
         if told and table.is_file() and shards.sha256_file(table) != told:
             return f"the table {self.study.data.table} changed"
-        return ""
+        return self._raw_reason() if self.raw and table.is_file() else ""
+
+    def _raw_reason(self) -> str:
+        """Whether the raw images and masks are those that the cohort's report names."""
+        from cmrhpc.data import sources
+        from cmrhpc.data.table import read_table
+
+        data = self.study.data
+        try:
+            rows = read_table(self.workspace.raw, data.table, data.columns, check_files=False)
+            report = self.workspace.path(COHORT).with_suffix(".csv").read_text(encoding="utf-8")
+        except (CmrhpcError, OSError, UnicodeDecodeError):
+            return ""  # the report is a companion of the cohort and checked as such
+        return sources.changed(rows, self.workspace.raw, report)
 
     def _external_reason(self, task: Task, told: str) -> str:
         """External images are compared where their folder can be reached: by their list, with `check` each file."""

@@ -21,6 +21,7 @@ import numpy as np
 from cmrhpc import files, shards
 from cmrhpc.csvtext import csv_cell
 from cmrhpc.data import region as geometry
+from cmrhpc.data import sources
 from cmrhpc.data.folds import check_counts
 from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_columns
 from cmrhpc.data.images import RawImage, Reader, grey
@@ -94,9 +95,10 @@ def ingest(
     settings default to those of `data` and `classes`. folds: when given, a class with fewer patients than folds is
     found before any image is read. progress: called with (images done, images).
 
-    Raises BadInput: what `read_table`, `Reader.read` and the geometry below refuse; one class only.
+    Raises BadInput: what `read_table`, `Reader.read` and the geometry below refuse; one class only; a table that is
+    edited meanwhile.
     """
-    rows = read_table(raw, data.table, data.columns, classes=classes)
+    rows, table_sha256 = _read_table(raw, data, classes)
     labels = np.array([list(classes).index(row.label) for row in rows], np.int64)
     patients = _pseudonyms(rows) if data.pseudonyms else [_own_name(row, data.table) for row in rows]
     if len(set(labels.tolist())) < 2:
@@ -130,6 +132,7 @@ def ingest(
                 windows[i], spacings[i], grids[i] = cut.window, cut.spacing, cut.grid_spacing
                 sheet.add(i, cut.image)
                 coloured += cut.lost_colour
+                cut.report |= sources.hashes(row, Path(raw))
                 report.add(row, patients[i], cut)
                 summary.warnings += [f"row {row.number}: {text}" for text in cut.warnings]
                 progress(i + 1, len(rows))
@@ -152,7 +155,7 @@ def ingest(
                 schema="cohort-1",
                 task=task or {"stage": "ingest"},
                 settings=settings or _settings(data, classes),
-                inputs={data.table: shards.sha256_file(Path(raw) / data.table)},
+                inputs={data.table: table_sha256},
                 seed=0,
                 attributes={
                     "classes": list(classes),
@@ -166,6 +169,16 @@ def ingest(
     except OSError as error:
         raise files.explain(error, out) from error
     return summary
+
+
+def _read_table(raw: Path, data: Data, classes: Sequence[str]) -> tuple[list[Row], str]:
+    """The rows, and the hash of the very table that they were read from: it may be edited while images are read."""
+    path = Path(raw) / data.table
+    before = shards.sha256_file(path) if path.is_file() else ""
+    rows = read_table(raw, data.table, data.columns, classes=classes)
+    if shards.sha256_file(path) != before:
+        raise BadInput("the table changed while it was read", data.table, "run the same command again")
+    return rows, before
 
 
 def cut_image(row: Row, raw: Path, data: Data, reader: Reader) -> Cut:

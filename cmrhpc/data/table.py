@@ -69,13 +69,14 @@ def read_table(
     """
     raw = Path(raw)
     if not raw.is_dir():
-        raise BadInput("the raw folder does not exist", str(raw), "mend `raw` in study.toml, or call init with --raw")
+        mend = "mend `raw` in study.toml, or call init with --raw"
+        raise BadInput("the raw folder does not exist", "[data] raw", mend, str(raw))
     inside = _Inside(raw)
     inside.check(table, "[data] table", f"the table {table!r}"[:200], on_disk=False)
     path = raw / table
     if not path.is_file():
         mend = f"put {table} into the raw folder, or name the right one with --table"
-        raise BadInput(f"no table {table} in the raw folder", str(raw), mend)
+        raise BadInput(f"no table {table} in the raw folder", "[data] raw", mend, str(raw))
     inside.check(table, "[data] table", f"the table {table!r}"[:200], on_disk=True)
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise BadInput(f"the table is larger than {MAX_TABLE_BYTES >> 20} MiB", table, "one row per image is enough")
@@ -180,10 +181,10 @@ def _records(stream: TextIO, table: str, columns: Mapping[str, str]) -> Iterator
 
 def _no_column(name: str, table: str, heading: list[str], ours: str) -> BadInput:
     there = ", ".join(shown(column) for column in heading[:30]) or "nothing"
-    mend = f"name the column that holds it with --column {ours}=NAME; the table has {there}"
+    mend = f"name the column that holds it with --column {ours}=NAME (`[data.columns]` of study.toml)"
     if len(heading) == 1 and re.search("[;\t]", heading[0]):
         mend = "the fields must be separated by commas"
-    return BadInput(f"the table has no column {shown(name)}", table, mend)
+    return BadInput(f"the table has no column {shown(name)}", table, mend, f"the columns {there}")
 
 
 def _half_a_window(there: str, lacking: str, table: str, heading: list[str]) -> BadInput:
@@ -219,7 +220,7 @@ def _row(
     if classes is not None and label not in classes:
         mend = did_you_mean(label, classes)
         mend += f"the study knows {', '.join(shown(c) for c in classes)}: mend the table, or `classes` in study.toml"
-        raise BadInput(f"unknown label {shown(label)}", at("label"), mend)
+        raise BadInput("unknown label", at("label"), mend, shown(label))
     inside.check(fields["image"], at("image"), "the image", on_disk=check_files)
     mask = fields.get("mask") or None
     if mask:
@@ -243,7 +244,7 @@ def _number(text: str, where: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or abs(value) > 1e9:
-        raise BadInput(f"no number: {shown(text)}", where, "write a number with a point, such as 1.25")
+        raise BadInput("no number", where, "write a number with a point, such as 1.25", shown(text))
     return value
 
 
@@ -255,7 +256,7 @@ def _spacing(text: str, where: str) -> tuple[float, float] | None:
     values = [value for value in numbers if value is not None and 1e-3 <= value <= 1e3]
     if len(values) != len(numbers) or len(values) > 2:
         mend = "write mm, such as 1.25, or 1.2x1.4 for rows and columns"
-        raise BadInput(f"no spacing: {shown(text)}", where, mend)
+        raise BadInput("no spacing", where, mend, shown(text))
     return values[0], values[-1]
 
 

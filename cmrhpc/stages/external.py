@@ -36,20 +36,20 @@ def take_in(context: Context) -> None:
     root = context.workspace.external(task.generator)
     place = external.place_of(root, external.read_sums(root), task)
     if wrong := place.damage():
-        raise BadInput(wrong, str(root), f"put it right, or {external.MAKE_SUMS}")
+        raise BadInput(wrong, "", f"put it right, or {external.MAKE_SUMS}", str(root))
     real = training_images(context.inputs[COHORT], context.inputs[FOLDS], task.repeat, task.fold)
     declared = _declared(context, place)
     if outside := sorted(set(declared) - set(real.ids)):
         what = f"{len(outside)} declared training images are not in the training set of fold {task.fold} repeat "
         what += f"{task.repeat}: {', '.join(outside[:20])}{' ...' if len(outside) > 20 else ''}"
         mend = "train for each fold and repeat on its training images alone: `cmrhpc export --by-fold` writes them"
-        raise BadInput(what, f"{root}/{place.where(DECLARATION)}", mend)
+        raise BadInput(what, place.where(DECLARATION), mend, str(root))
     own = int((real.labels == task.label).sum())
     names = place.images[: math.ceil(study.generators[task.generator].max_ratio * own)]
     highest = max(ratio for _, ratio, parts in planning.cells(study) if parts.generator == task.generator)
     if len(names) < (needed := math.ceil(highest * own)):
         what = f"{len(names)} images, but ratio {highest:g} needs {needed}"
-        raise BadInput(what, f"{root}/{place.name}", "make more images, or ask for lower ratios")
+        raise BadInput(what, place.name, "make more images, or ask for lower ratios", str(root))
     images = _read(context, place, names, real.images.shape[1:])
     context.write(
         {
@@ -65,7 +65,7 @@ def take_in(context: Context) -> None:
 
 def _declared(context: Context, place: Place) -> list[str]:
     """The declared ids in the order of the cohort. A heading without rows declares that no image of it was seen."""
-    where = f"{place.root}/{place.where(DECLARATION)}"
+    where = place.where(DECLARATION)
     heading, rows = external.read_columns(place.path(DECLARATION), where)
     cohort = context.inputs[COHORT]
     if "id" in heading:
@@ -77,7 +77,8 @@ def _declared(context: Context, place: Place) -> list[str]:
         raise BadInput("neither a column id nor a column image", where, mend)
     ids = cohort.strings("id")
     if unknown := sorted(told - set(ids)):
-        raise BadInput(f"unknown ids: {', '.join(unknown[:20])}", where, "ids are those of cohort.csv: r000001, ...")
+        mend = "ids are those of cohort.csv: r000001, ..."
+        raise BadInput(f"{len(unknown)} unknown ids", where, mend, f"{place.root}: {', '.join(unknown[:20])}")
     return [one for one in ids if one in told]
 
 
@@ -89,7 +90,7 @@ def _ids_of_images(context: Context, images: list[str], where: str) -> set[str]:
     table = context.workspace.raw / data.table
     if not table.is_file() or context.inputs[COHORT].inputs.get(data.table) != shards.sha256_file(table):
         what = "the raw table that image names belong to is not at hand, or changed"
-        raise BadInput(what, str(table), f"declare ids instead (column id of {DECLARATION})")
+        raise BadInput(what, where, f"declare ids instead (column id of {DECLARATION})", str(table))
     rows = read_table(context.workspace.raw, data.table, data.columns, check_files=False)
     ids = {posixpath.normpath(row.image): row.id for row in rows}
     missing = [number for number, image in enumerate(images, 1) if posixpath.normpath(image) not in ids]
@@ -103,12 +104,12 @@ def _read(context: Context, place: Place, names: list[str], shape: tuple[int, ..
     """(len(names), C, H, W) float32 in [-1, 1]; shape (C, H, W) is the cohort's."""
     rows: dict[str, dict[str, str]] = {}
     if TABLE in place.files:
-        where = f"{place.root}/{place.where(TABLE)}"
+        where = place.where(TABLE)
         rows = {row.get("image", ""): row for row in external.read_columns(place.path(TABLE), where)[1]}
     images = np.empty((len(names), *shape), np.float32)
     with Reader() as reader:
         for number, name in enumerate(names):
-            where = f"{place.root}/{place.where(name)}"
+            where = place.where(name)
             pixels = reader.read(place.path(name), where).pixels
             if pixels.shape[:2] != shape[1:]:
                 size = " x ".join(map(str, pixels.shape[:2]))

@@ -109,7 +109,7 @@ def run_task(
     task = find_task(workspace, stage, index)
     if task.output not in workspace.wanted(stage):
         return f"{task.title}: the study no longer asks for this task; nothing to do"
-    judge = Judge(workspace, check=True)
+    judge = Judge(workspace, check=True, raw=stage == "ingest")
     if not judge.reason(task):
         workspace.clear_checkpoints(task)
         return f"{task.title}: already done"

@@ -80,7 +80,7 @@ def test_study_survives_every_fault(login_node: Node, request: pytest.FixtureReq
 
     # Accounting is switched off. One task runs into its time limit unasked, one is asked before it.
     node.run(["daemons", "stop_accounting"], user="root")
-    limited = work.submit("refine", "--time=1", "--signal=B:USR2@30", array="0-1")
+    limited = work.submit("refine", "--time=2", "--signal=B:USR2@60", array="0-1")
     job = work.submit("refine", array="2-3")
     held = [work.hold("refine", index) for index in range(4)]
     told = work.status()

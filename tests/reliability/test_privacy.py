@@ -72,7 +72,10 @@ def test_own_patient_ids_are_kept_when_asked_for(fresh: Path, tmp_path: Path) ->
     assert telling(root) == {"cohort.h5", "cohort.csv"}
 
 
-@pytest.mark.parametrize("fault", ["broken image", "absent mask", "unknown label"])
+FAULTS = ["broken image", "absent mask", "unknown label", "label is the patient", "window_low is the patient"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_logs_of_failures_name_rows(fresh: Path, tmp_path: Path, fault: str) -> None:
     root = mark(copy_of(fresh, tmp_path / "marked"))
     table = root / MARK / "cohort.csv"
@@ -83,12 +86,36 @@ def test_logs_of_failures_name_rows(fresh: Path, tmp_path: Path, fault: str) -> 
     elif fault == "absent mask":
         (root / MARK / fields["mask"]).unlink()
     else:
-        fields["label"] = "7"
+        column, _, patient = fault.partition(" is the ")
+        fields |= {column: fields[patient]} if patient else {"label": "7"}
         table.write_text("\n".join([*lines[:3], ",".join(fields.values()), *lines[4:]]) + "\n")
     with pytest.raises(BadInput) as caught:
         run_task(Workspace(root), "ingest", 0)
     assert MARK not in str(caught.value)
     assert "row 3" in caught.value.where
+    if "patient" in fault:  # a person who looks for the mistake is told; a log is not
+        assert MARK in caught.value.for_a_person()
+        assert MARK in cmrhpc("ingest", root, check=False).stderr
+        assert MARK not in cmrhpc("task", root, "--stage", "ingest", "--index", "0", check=False).stderr
+    cmrhpc("run", root, "--plain", check=False)
+    assert telling(root) == set()
+
+
+@pytest.mark.parametrize("fault", ["no heading", "no folder", "no table"])
+def test_logs_tell_neither_the_raw_folder_nor_its_first_row(fresh: Path, tmp_path: Path, fault: str) -> None:
+    root = mark(copy_of(fresh, tmp_path / "marked"))
+    table = root / MARK / "cohort.csv"
+    if fault == "no heading":
+        table.write_text("".join(table.read_text().splitlines(keepends=True)[1:]))
+    elif fault == "no table":
+        table.unlink()
+    else:
+        (root / MARK).rename(tmp_path / "elsewhere")
+    done = cmrhpc("run", root, "--plain", check=False)
+    assert done.returncode == 4
+    assert MARK not in done.stdout + done.stderr
+    assert telling(root) == set()
+    assert MARK in cmrhpc("ingest", root, check=False).stderr
 
 
 def test_html_and_formulas_in_labels_are_harmless(fresh: Path, tmp_path: Path) -> None:

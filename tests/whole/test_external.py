@@ -167,7 +167,7 @@ def test_images_may_be_declared_as_the_raw_table_names_them(outside: Path) -> No
     [
         ("no declaration", "no train_ids.csv: what was the generator trained on?"),
         ("empty declaration", "neither a column id nor a column image"),
-        ("unknown id", "unknown ids: r999999"),
+        ("unknown id", "1 unknown ids"),
         ("no list", "no SHA256SUMS"),
         ("no line of a list", "SHA256SUMS line 1"),
         ("unlisted file", "more.mha is not in SHA256SUMS"),
