@@ -2,23 +2,26 @@
 
 A reader sees the old file, the new file or none, never half of one. A temporary file is named
 `.NAME.tmp.HOST.PID.START`, is never read, and is removed by `remove_stale` only when its process is gone from
-this host or when it is older than a day.
+this host or, where that cannot be told, when it is older than a day. What lies in a workspace or came from outside is opened by `open_plain`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import socket
 import stat
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cmrhpc.errors import BadInput
 
 DAY = 86400.0
+MOST = 2**28  # bytes of a file that is read whole
+PUBLIC = stat.S_ISVTX | stat.S_IWOTH  # of a folder such as /tmp
 _counter = 0
 _kept: set[Path] = set()
 _TEMPORARY = re.compile(r"\..+\.tmp\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<start>\d+)-\d+", re.DOTALL)
@@ -30,12 +33,71 @@ def never_create(folder: Path) -> None:
     _kept.add(folder)
 
 
+def is_linked(path: Path) -> bool:
+    """Whether a link below a workspace is on the way to `path`, or `path` itself: it may be somebody else's file."""
+    return any(path.is_relative_to(root) and _real(path) != _real(root) / path.relative_to(root) for root in _kept)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for links that go round in circles
+
+
+def open_plain(path: str | Path, follow: bool = True) -> BinaryIO:
+    """A plain file, open for reading. follow: whether it may be reached by a link that bears its name.
+
+    Raises OSError for all else: a FIFO, which would be waited for, a device, which may never end, a folder.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "it is a link, which is not followed", str(path)) from None
+        raise
+    _expect_plain(handle, path)
+    return os.fdopen(handle, "rb")
+
+
+def _expect_plain(handle: int, path: str | Path) -> None:
+    """Close the handle of anything but a plain file, and raise OSError."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    os.set_blocking(handle, True)
+
+
+def read_plain(path: str | Path, follow: bool = True) -> bytes:
+    """The bytes of a plain file, as `open_plain`. Raises OSError for one of more than `MOST`."""
+    with open_plain(path, follow) as stream:
+        if os.fstat(stream.fileno()).st_size > MOST:
+            raise OSError(errno.EFBIG, f"it is larger than {MOST >> 20} MiB", str(path))
+        return stream.read()
+
+
+def open_log(path: Path) -> int:
+    """A handle that appends to a plain file, made where there is none. Raises OSError for a link and all else."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    _expect_plain(handle, path)
+    return handle
+
+
 def process_start(pid: int | str = "self") -> str:
     """Kernel start tick of a process, which together with its pid names it for good; "0" where unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return "0"
+
+
+def has_ended(pid: int, start: str) -> bool | None:
+    """Whether a process of this host is gone; None where its number is in use and the system hides by whom."""
+    try:
+        os.kill(max(pid, 0), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # another user's
+    now = process_start(pid)
+    return None if "0" in (now, start) else now != start
 
 
 def host_name() -> str:
@@ -62,7 +124,7 @@ def make_folder(folder: Path) -> None:
     """
     try:
         for root in _kept:
-            if folder.is_relative_to(root) and not folder.resolve().is_relative_to(root.resolve()):
+            if folder.is_relative_to(root) and not _real(folder).is_relative_to(_real(root)):
                 raise BadInput("a link leads out of the workspace", str(folder), "remove the link: it is not followed")
         missing = []
         while not folder.exists():
@@ -72,7 +134,7 @@ def make_folder(folder: Path) -> None:
             folder = folder.parent
         for new in reversed(missing):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(new, 0o770)
+                os.mkdir(new, 0o700)
                 parent = os.stat(new.parent)
                 _follow_group(new, parent, stat.S_IMODE(parent.st_mode) & 0o2770 | 0o700)
     except OSError as error:
@@ -80,10 +142,12 @@ def make_folder(folder: Path) -> None:
 
 
 def _follow_group(path: Path, parent: os.stat_result, mode: int) -> None:
+    """Give `path` the group of its folder, and `mode`; without the group's part of it where that is another group."""
     with contextlib.suppress(PermissionError):  # a user outside the group keeps the own group
         if os.stat(path).st_gid != parent.st_gid:
             os.chown(path, -1, parent.st_gid)
-    os.chmod(path, mode)
+    shared = os.stat(path).st_gid == parent.st_gid and parent.st_mode & PUBLIC != PUBLIC
+    os.chmod(path, mode if shared else mode & 0o700)
 
 
 def explain(error: OSError, path: Path) -> BadInput:
@@ -198,24 +262,51 @@ def create_once(path: Path, data: bytes | str) -> bool:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def second_name(temporary: Path, path: Path) -> Iterator[Path]:
+    """A hard link to a temporary file, beside `path`: what was written stays at hand when `path` is replaced."""
+    kept = temporary_name(path)
+    os.link(temporary, kept)
+    try:
+        yield kept
+    finally:
+        with contextlib.suppress(OSError):
+            kept.unlink(missing_ok=True)
+
+
 def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def remove_stale(folder: Path) -> int:
-    """Remove temporary files below `folder` whose process is gone from this host or that are older than a day."""
+def clock(folder: Path) -> float:
+    """The time of the file system that holds `folder`, which dates the files of all hosts; ours may be a day off."""
+    probe = temporary_name(folder / "clock")
+    try:
+        create(probe)
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, leave: Collection[Path] = ()) -> int:
+    """Remove temporary files below `folder` whose process is gone, or cannot be seen and they are older than a day.
+
+    leave: real paths of folders that are not entered. Nor is `folder` where a link of the workspace leads to it.
+    """
     removed = 0
-    for place, _, names in os.walk(folder):
+    if is_linked(folder) or (folder := _real(folder)) in leave:
+        return 0
+    for place, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if Path(place, name) not in leave]
         for name in names:
             if (parts := _TEMPORARY.fullmatch(name)) is None:
                 continue
             path = Path(place, name)
             try:
-                old = time.time() - path.stat().st_mtime > DAY
-                gone = parts["host"] == host_name() and process_start(parts["pid"]) != parts["start"]
-                if old or gone:
+                ended = has_ended(int(parts["pid"]), parts["start"]) if parts["host"] == host_name() else None
+                if ended or (ended is None and clock(Path(place)) - path.stat().st_mtime > DAY):
                     path.unlink()
                     removed += 1
-            except OSError:
+            except (OSError, ValueError):
                 continue  # another process was faster, or it is not ours to remove
     return removed

@@ -22,7 +22,7 @@ def write(path: Path, sources: dict[str, str]) -> None:
 def read(path: Path) -> dict[str, dict[str, str]] | None:
     """`sources` and `files` of the report; None where there is no seal, or a damaged one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_plain(path).decode()
         told = json.loads(text)
         parts = {"sources": dict(told["sources"]), "files": dict(told["files"])}
         right = text == json.dumps(parts | {"sha256": sha256_of(parts)}, indent=0)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def sha256_of(value: Any) -> str:
 
 def sha256_file(path: Path, start: int = 0) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with files.open_plain(path) as stream:
         stream.seek(start)
         while block := stream.read(CHUNK):
             digest.update(block)
@@ -184,18 +184,19 @@ def write_shard(
             told |= _provenance() | dict(info or {})
             _write_header(temporary, told)
             _stamp(temporary)
-            written = stack.enter_context(open(temporary, "rb"))
+            written = stack.enter_context(files.second_name(temporary, path))
             for ending, data in companions.items():
                 files.atomic_write(path.with_suffix(ending), data)
         _settle(path, written, companions)
     return content
 
 
-def _settle(path: Path, written: IO[bytes], companions: Mapping[str, bytes]) -> None:
+def _settle(path: Path, written: Path, companions: Mapping[str, bytes]) -> None:
     """Two processes may write the same shard at once, and their logs differ: leave a shard with its own companions.
 
     Nobody goes before it saw, after all that it wrote, that they agree; so whoever writes last has seen it. Who sees
-    that they do not writes its own again, all of them; `written` is our shard, even when it has been replaced.
+    that they do not writes its own again, all of them. `written` is a name that our shard has beside `path`: an open
+    handle would not do, NFS forgets a file that another host replaced.
     """
     for attempt in range(20):
         if _agree(path):
@@ -204,9 +205,8 @@ def _settle(path: Path, written: IO[bytes], companions: Mapping[str, bytes]) -> 
         if not _agree(path):
             for ending, data in companions.items():
                 files.atomic_write(path.with_suffix(ending), data)
-            with files.atomic_path(path) as temporary, open(temporary, "wb") as stream:
-                written.seek(0)
-                shutil.copyfileobj(written, stream)
+            with files.atomic_path(path) as temporary:
+                shutil.copyfile(written, temporary)
 
 
 def _agree(path: Path) -> bool:
@@ -338,7 +338,7 @@ def _open_checked(path: Path) -> Shard:
 
 def read_header(path: Path) -> Header:
     """The header alone, without hashing the file: for lists, never for results. Raises BadInput as `read_shard`."""
-    with open(path, "rb") as stream:
+    with files.open_plain(path) as stream:
         if not stream.read(USER_BLOCK).startswith(MAGIC):
             raise refused(path, "not a shard of cmrhpc")
     return _open_checked(path)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmrhpc import files
 from cmrhpc.errors import BadInput
 from cmrhpc.typed import build, element, setting, unknown
 
@@ -231,7 +232,7 @@ def load_study(path: str | Path) -> Study:
     """Read and validate a study file. Raises BadInput with table, key and mend."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_plain(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the study file: {error}", str(path), "make one with `cmrhpc init`") from None
     return parse_study(text, str(path))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmrhpc import files
 from cmrhpc.errors import BadInput
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ KINDS = {"f4", "f8", "u1", "i8"}  # of a dataset, beside fixed-length bytes
 def damage_of(path: Path) -> str:
     """Empty when the file's own checksum holds, otherwise what is wrong with it, in words."""
     try:
-        with open(path, "rb") as stream:
+        with files.open_plain(path) as stream:
             block = stream.read(USER_BLOCK)
             if len(block) < USER_BLOCK or not block.startswith(MAGIC):
                 return "not a shard of cmrhpc, or truncated"

@@ -26,6 +26,7 @@ from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, Task
 from cmrhpc.study import Study, load_study
 
 SHARD_FOLDERS = ("synthetic", "refined", "predictions")
+OWN_FOLDERS = {*SHARD_FOLDERS, "report", "logs", "submissions", "tasks", "checkpoints"}
 _SEGMENT = re.compile(r"(\d{4})\.json")
 _ELEMENT = re.compile(r"\d{1,12}_\d{1,12}")
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # as JSON
@@ -102,11 +103,20 @@ class Workspace:
     def clear_checkpoints(self, task: Task) -> None:
         """Remove what a task that is done left behind when it was killed right before its end."""
         folder = self.checkpoint_folder(task)
-        if folder.is_dir() and not folder.is_symlink():
-            for path in folder.glob("step*"):
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else lies in it
-                folder.rmdir()
+        if files.is_linked(folder):
+            return
+        for path in folder.glob("step*.checkpoint"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):  # not there, or something else lies in it
+            folder.rmdir()
+
+    def remove_stale(self, folder: Path) -> None:
+        """Remove what killed processes left half written below `folder`, where we write: raw images are not ours."""
+        theirs = [self.raw, *(self.external(name) for name, g in self.study.generators.items() if g.external)]
+        with contextlib.suppress(OSError):
+            theirs += [self.root / name for name in os.listdir(self.root) if name not in OWN_FOLDERS]
+        files.remove_stale(folder, {Path(os.path.realpath(path)) for path in theirs})
 
     def log_path(self, stage: str, index: int) -> Path:
         return self.root / "logs" / f"{stage}_{index}.log"
@@ -141,7 +151,8 @@ class Workspace:
                 found += [Task.from_json(values) for values in _read_segment(folder / name)]
             except _UNREADABLE as error:
                 mend = "restore it; or, when no job of this study is queued, remove it: it is made again"
-                raise BadInput(f"damaged task list: {error}", str(folder / name), mend) from None
+                told = getattr(error, "strerror", None) or error
+                raise BadInput(f"damaged task list: {told}", str(folder / name), mend) from None
         return found, int(names[-1][:4]) if names else 0
 
     def wanted(self, stage: str) -> set[str]:
@@ -178,7 +189,7 @@ class Workspace:
         """What every shard says of itself. Only shards that are new since the last call are opened."""
         path = self.root / "index.json"
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(files.read_plain(path))
             if stored["sha256"] != shards.sha256_of(stored["shards"]):
                 raise ValueError("its checksum does not hold")
             old = {name: Entry(*values) for name, values in stored["shards"].items()}
@@ -272,7 +283,7 @@ class Judge:
         entry = self.index.get(output)
         if self.check:
             file = self.workspace.path(output)
-            if file.resolve() != self.workspace.root.resolve() / output:
+            if files.is_linked(file):
                 return "it is reached through a link, which is not followed"
             entry = self.read.get(output)
             if entry is None:
@@ -375,7 +386,7 @@ def report_sources(judge: Judge) -> dict[str, str]:
 
 def _read_segment(path: Path) -> list[dict[str, Any]]:
     """The tasks of one segment. Its last element is the sha256 of the others."""
-    *values, told = json.loads(path.read_text())
+    *values, told = json.loads(files.read_plain(path))
     if told != {"sha256": shards.sha256_of(values)}:
         raise ValueError("its checksum does not hold")
     return values

@@ -68,3 +68,14 @@ def test_only_temporary_files_of_dead_processes_or_of_yesterday_are_removed(tmp_
     assert files.remove_stale(tmp_path) == 2
     assert sorted(os.listdir(tmp_path)) == sorted([mine.name, other_host.name, "kept.txt"])
     assert dead.stdout.strip() not in os.listdir(tmp_path)
+
+
+def test_the_clock_of_the_file_system_says_how_old_a_temporary_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose clock is days ahead removes nothing of another one that is at work."""
+    (tmp_path / ".x.tmp.otherhost.1.1-1").write_text("half")
+    ahead = time.time() + 3 * files.DAY
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    assert files.remove_stale(tmp_path) == 0
+    assert os.listdir(tmp_path) == [".x.tmp.otherhost.1.1-1"]

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from cmrhpc.errors import BadInput
+from cmrhpc.files import open_plain
 
 MAX_PIXELS = 64 * 2**20
 TIMEOUT = 120.0  # seconds for one file
@@ -159,7 +160,7 @@ def _reader_of(path: Path, where: str, what: str) -> tuple[str, bytes]:
     name = path.name.lower()
     ending = next((e for e in sorted(READERS, key=len, reverse=True) if name.endswith(e)), "")
     try:
-        with open(path, "rb") as stream:
+        with open_plain(path) as stream:
             head = stream.read(2**16)
     except OSError as error:
         raise BadInput(f"{what} cannot be read: {error.strerror}", where, "give yourself read access") from None
@@ -190,7 +191,7 @@ def _reader_of(path: Path, where: str, what: str) -> tuple[str, bytes]:
 def _one_nifti_file(path: Path, head: bytes) -> bool:
     if head[:2] == b"\x1f\x8b":
         try:
-            with gzip.open(path, "rb") as stream:
+            with open_plain(path) as packed, gzip.open(packed, "rb") as stream:
                 head = stream.read(352)
         except (OSError, EOFError, zlib.error):
             return False

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +131,6 @@ def write_phantom(folder: Path, patients: int, seed: int) -> int:
     try:
         try:
             count = _write_files(staging, patients, seed)
-            os.chmod(staging, os.stat(folder.parent).st_mode & 0o2770 | 0o700)
             files.rename(staging, folder)
             files.sync_folder(folder.parent)
         except OSError as error:
@@ -179,6 +177,6 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove what killed calls left beside this folder: their process is gone from this host."""
     for path in folder.parent.glob(f".{folder.name}.tmp.*"):
         host, pid, start = [*path.name.partition(".tmp.")[2].split("."), "", "", ""][:3]
-        gone = host == files.host_name() and pid.isdigit() and files.process_start(pid) != start.partition("-")[0]
-        if gone and path.is_dir() and not path.is_symlink():
+        here = host == files.host_name() and pid.isascii() and pid.isdigit()
+        if here and files.has_ended(int(pid), start.partition("-")[0]) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

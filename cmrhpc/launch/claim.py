@@ -1,8 +1,9 @@
 """One submission at a time per workspace, without file locks, which many cluster file systems do not keep.
 
 Claims are numbered files in `submissions/claim/`. The highest one holds, until it is released, its process is gone from
-this host, or, from another host, it was not renewed for ten minutes. Taking over means to create the next number, which
-only one process can do; so nobody ever removes a claim that somebody else has just made.
+this host, or, where that cannot be told, it was not renewed for ten minutes by the clock of the file system. Who takes
+over creates the next number, which only one process can do; so nobody ever removes a claim that somebody else has just
+made.
 """
 
 from __future__ import annotations
@@ -88,14 +89,13 @@ def _ourselves() -> dict[str, Any]:
 def _holder(path: Path) -> str:
     """Who holds this claim, in words; empty when nobody does any more."""
     try:
-        told = json.loads(path.read_text())
-        age = time.time() - float(told["time"])
+        told = json.loads(files.read_plain(path))
         if told["released"]:
             return ""
-        if told["host"] == files.host_name():
-            alive = files.process_start(int(told["pid"])) == told["start"]
-        else:
-            alive = age < PATIENCE_S
-        return f"process {told['pid']} on {told['host']}" if alive else ""
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        here = told["host"] == files.host_name()
+        ended = files.has_ended(int(told["pid"]), told["start"]) if here else None
+        if ended is None:
+            ended = files.clock(path.parent) - path.stat().st_mtime > PATIENCE_S
+        return "" if ended else f"process {told['pid']} on {told['host']}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""

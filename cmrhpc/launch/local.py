@@ -73,10 +73,10 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
         )
     for finished in (s.task for stage in STAGES for s in states[stage] if s.done):
         workspace.clear_checkpoints(finished)
+    workspace.remove_stale(workspace.root)
     # A report that is out of date only because its predictions are about to change is made at the end.
     if not todo:
         return summary
-    files.remove_stale(workspace.root)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cmrhpc.launch.preload"] if torch_there else [])
     display = Display(states, plain, jobs)
@@ -302,7 +302,7 @@ def open_log(workspace: Workspace, stage: str, index: int) -> Any:
     path = workspace.log_path(stage, index)
     files.make_folder(path.parent)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        handle = files.open_log(path)
     except OSError as error:
         raise files.explain(error, path) from error
     with contextlib.suppress(OSError):

@@ -42,9 +42,8 @@ class Record:
 
     def alive(self) -> bool:
         """Whether the process still runs; of another host, which only Slurm could ask, it is believed for a day."""
-        if self.host != files.host_name():
-            return time.time() - self.time < files.DAY
-        return files.process_start(self.pid) == self.start
+        ended = files.has_ended(self.pid, self.start) if self.host == files.host_name() else None
+        return abs(time.time() - self.time) < files.DAY if ended is None else not ended
 
 
 def record_path(workspace: Workspace, stage: str, index: int) -> Path:
@@ -75,10 +74,10 @@ def read_records(workspace: Workspace) -> list[tuple[str, int, Record]]:
 def read_record(path: Path) -> Record | None:
     """The record, or None where there is none that can be read."""
     try:
-        record = Record(**json.loads(path.read_text()))
+        record = Record(**json.loads(files.read_plain(path)))
         right = isinstance(record.pid, int) and isinstance(record.time, int | float)
         right = right and all(
-            isinstance(text, str) for text in (record.reason, record.host, record.job, record.element)
+            isinstance(text, str) for text in (record.reason, record.host, record.start, record.job, record.element)
         )
         return record if right else None
     except (OSError, ValueError, TypeError, RecursionError):

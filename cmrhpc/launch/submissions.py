@@ -68,7 +68,7 @@ def read_submissions(workspace: Workspace) -> list[Submission]:
 
 def _read(path: Path) -> Submission | None:
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(files.read_plain(path))
         told["elements"] = tuple(tuple(int(index) for index in element) for element in told["elements"])
         told["depends_on"] = tuple(str(job) for job in told["depends_on"])
         made = Submission(**told)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmrhpc import files
 from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, More, plan_arrays
@@ -135,7 +136,7 @@ def claim_folder(workspace: Workspace) -> Path:
 def _left_over(workspace: Workspace) -> dict[str, Path]:
     """Name of a job -> what was asked for, where nothing says that Slurm has answered."""
     folder = asked_path(workspace, "x").parent
-    return {path.stem: path for path in folder.glob("*.json")} if folder.is_dir() else {}
+    return {path.stem: path for path in folder.glob("*.json")} if not files.is_linked(folder) else {}
 
 
 def _adopt(workspace: Workspace) -> None:
@@ -149,7 +150,7 @@ def _adopt(workspace: Workspace) -> None:
     jobs = {name: job for job, _, name in (line.partition("|") for line in answer.out.split())}
     for name, path in notes.items():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            told = json.loads(path.read_text())
+            told = json.loads(files.read_plain(path))
             if name in jobs:
                 elements = tuple(tuple(element) for element in told["elements"])
                 changed = {"job": jobs[name], "elements": elements, "depends_on": tuple(told["depends_on"])}

@@ -63,6 +63,7 @@ def aggregate(folder: Path, out: Path | None = None) -> AggregateResult:
     written |= {f"figures/{name}": data for name, data in pictures.items()}
     written["index.html"] = render(result, gallery, drawn)
 
+    files.make_folder(out)  # refuses a link that leads out of the workspace
     # What an earlier report of another study left would stand beside the new one.
     for name in ("classes.csv", "best_ratio.csv"):
         if name not in written:
@@ -88,6 +89,6 @@ def terminal_table(folder: Path) -> str:
     """The text of the last report of a workspace or predictions folder. Raises BadInput when there is none."""
     path = Path(folder) / "report" / SUMMARY
     try:
-        return path.read_text(encoding="utf-8").rstrip("\n")
+        return files.read_plain(path).decode("utf-8", "replace").rstrip("\n")
     except OSError:
         raise BadInput("no report yet", str(path), "make it with `cmrhpc aggregate`") from None

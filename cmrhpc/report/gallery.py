@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cmrhpc import pictures, plan, shards
+from cmrhpc import files, pictures, plan, shards
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.measure.kernel_distance import feature_distance, features
 from cmrhpc.plan import COHORT, FOLDS, Task
@@ -209,7 +209,7 @@ def _log_lines(path: Path, told: str) -> Iterator[dict[str, Any]]:
     """The JSON objects of a log; nothing when the file is absent, too large or not the one that the shard names."""
     if not told or not path.is_file() or path.is_symlink() or path.stat().st_size > MAX_LOG_BYTES:
         return
-    data = path.read_bytes()
+    data = files.read_plain(path)
     if shards.sha256_of(data) != told:
         return
     for text in data.decode("utf-8", "replace").splitlines():

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from cmrhpc import files, shards
 from cmrhpc import plan as planning
+from cmrhpc import shards
 from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.plan import Task
 from cmrhpc.signals import STOP_SIGNALS
@@ -109,11 +109,11 @@ def run_task(
     task = find_task(workspace, stage, index)
     if task.output not in workspace.wanted(stage):
         return f"{task.title}: the study no longer asks for this task; nothing to do"
+    workspace.remove_stale(workspace.path(task.output).parent)
     judge = Judge(workspace, check=True, raw=stage == "ingest")
     if not judge.reason(task):
         workspace.clear_checkpoints(task)
         return f"{task.title}: already done"
-    files.remove_stale(workspace.path(task.output).parent)
     if stage == "ingest":
         from cmrhpc.stages.ingest import run_ingest
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cmrhpc import __version__
 from cmrhpc.errors import BadInput, Checkpointed
-from cmrhpc.files import atomic_write
+from cmrhpc.files import atomic_write, is_linked, open_plain
 
 SUFFIX = ".checkpoint"
 FORMAT = 2  # raised whenever a trainer goes on in another way from the same tensors
@@ -94,7 +94,8 @@ class Checkpoints:
         digest = hashlib.sha256(blob).hexdigest().encode()
         atomic_write(self.folder / f"step{step:010d}{SUFFIX}", digest + b"\n" + blob)
         for old in self._files()[self.keep :]:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                old.unlink()
         self._last = time.monotonic()
 
     def newest(self) -> Saved | None:
@@ -135,12 +136,13 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove all checkpoints, and the folder when nothing else is in it."""
         for path in self._files():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                path.unlink()
         with contextlib.suppress(OSError):  # not there, or something else lies in it
             self.folder.rmdir()
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"step*{SUFFIX}"), reverse=True)
+        return [] if is_linked(self.folder) else sorted(self.folder.glob(f"step*{SUFFIX}"), reverse=True)
 
 
 def _read(path: Path) -> tuple[Saved, dict[str, Any], str, Any] | None:
@@ -149,7 +151,8 @@ def _read(path: Path) -> tuple[Saved, dict[str, Any], str, Any] | None:
     from safetensors.torch import load
 
     try:
-        digest, _, blob = path.read_bytes().partition(b"\n")
+        with open_plain(path, follow=False) as stream:
+            digest, _, blob = stream.read().partition(b"\n")
         if hashlib.sha256(blob).hexdigest().encode() != digest:
             return None
         (length,) = struct.unpack_from("<Q", blob)

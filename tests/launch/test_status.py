@@ -330,3 +330,19 @@ def test_watch_and_json_do_not_go_together(workspace: Workspace) -> None:
 
     assert main(["status", str(workspace.root), "--watch", "--json"]) == UsageError.exit_code
     assert parser().parse_args(["status", "x", "--watch"]).watch
+
+
+def test_a_reason_gives_the_terminal_no_commands(workspace: Workspace) -> None:
+    reason = "\x1b]0;pwned\x07 out\r of \x9b2J\u202e memory é"
+    note(workspace, Record(records.FAILED, reason.partition("\r")[0], files.host_name(), 17, "1", time.time()))
+    note(workspace, Record(records.RUNNING, "", f"{reason}\ndone", 17, "1", time.time()), 2)
+    text = as_text(status(workspace))
+    assert "?]0;pwned? out" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert len(text.splitlines()) == len(text.split("\n"))
+    assert "é" in text
+
+
+def test_a_record_of_another_host_is_believed_for_a_day_whatever_its_clock_says(workspace: Workspace) -> None:
+    for hours, alive in ((-25, False), (-1, True), (1, True), (25, False)):
+        assert replace(FAR, job="", element="", time=time.time() + hours * 3600).alive() is alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from cmrhpc.errors import BadInput, Checkpointed
+from cmrhpc.files import never_create
 from cmrhpc.train.checkpoint import Checkpoints, differences
 from tests.train.small import same
 
@@ -197,3 +199,33 @@ def test_tuples_and_lists_are_the_same_setting(tmp_path: Path) -> None:
 def test_due_by_time(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, SETTINGS, every_seconds=0).due()
     assert not Checkpoints(tmp_path, SETTINGS, every_seconds=1000).due()
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_that_is_no_plain_file_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", SETTINGS)
+    checkpoints.save(1, tensors(1), {})
+    (tmp_path / "elsewhere").write_bytes((tmp_path / "c/step0000000001.checkpoint").read_bytes())
+    (tmp_path / "c/step0000000002.checkpoint").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "c/step0000000003.checkpoint")
+    (tmp_path / "c/step0000000004.checkpoint").mkdir()
+    saved = checkpoints.newest()
+    assert saved is not None
+    assert saved.step == 1
+    checkpoints.save(5, tensors(5), {})
+    checkpoints.clear()
+    assert os.listdir(tmp_path / "c") == ["step0000000004.checkpoint"]
+    assert (tmp_path / "elsewhere").exists()
+
+
+def test_checkpoints_behind_a_link_out_of_the_workspace_are_neither_read_nor_removed(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "outside/task", SETTINGS).save(1, tensors(1), {})
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/checkpoints").symlink_to(tmp_path / "outside")
+    never_create(tmp_path / "w")
+    checkpoints = Checkpoints(tmp_path / "w/checkpoints/task", SETTINGS)
+    assert checkpoints.newest() is None
+    with pytest.raises(BadInput, match="leads out of the workspace"):
+        checkpoints.save(2, tensors(2), {})
+    checkpoints.clear()
+    assert len(files(tmp_path / "outside/task")) == 1
