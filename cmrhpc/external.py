@@ -8,18 +8,19 @@ serves every fold. Which files belong to a place, and their content, is what `SH
 from __future__ import annotations
 
 import csv
+import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmrhpc import shards
+from cmrhpc import files, shards
 from cmrhpc.errors import BadInput
 from cmrhpc.plan import Task
 
 SUMS = "SHA256SUMS"
 DECLARATION = "train_ids.csv"
 TABLE = "images.csv"
-MAX_BYTES = 2**28  # of a list
 MAKE_SUMS = f"make it again: cd FOLDER && find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
 
@@ -56,6 +57,8 @@ class Place:
             for name in sorted(there ^ self.files.keys()):
                 return f"{self.where(name)} is {f'not in {SUMS}' if name in there else 'missing'}"
             for name, told in self.files.items():
+                if os.path.realpath(folder / name) != os.path.join(os.path.realpath(self.root), self.name, name):
+                    return f"{self.where(name)} is reached through a link, which is not followed"
                 if shards.sha256_file(folder / name) != told:
                     return f"{self.where(name)} is not the file that {SUMS} names"
         except OSError as error:
@@ -76,25 +79,23 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
     path = root / SUMS
     found: dict[str, dict[str, str]] = {}
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadInput(
-                f"{SUMS} is larger than {MAX_BYTES >> 20} MiB", SUMS, "one line per image is enough", str(path)
-            )
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = files.read_plain(path, follow=False).decode().splitlines()
     except FileNotFoundError:
         raise BadInput(f"no {SUMS} among the external images", "", MAKE_SUMS, str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {SUMS}", "", MAKE_SUMS, f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{SUMS} is no UTF-8 text", "", MAKE_SUMS, str(path)) from None
+    except OSError as error:
+        raise BadInput(f"cannot read {SUMS}: {error.strerror}", "", MAKE_SUMS, str(path)) from None
     for number, line in enumerate(lines, 1):
         if not (match := _LINE.fullmatch(line)):
             raise BadInput("not a line of sha256sum", f"{SUMS} line {number}", MAKE_SUMS, f"{path}: {line[:80]!r}")
         folder, _, name = match[2].partition("/")
         if not name or "/" in name or folder == ".." or name == "..":
             continue
-        files = found.setdefault(folder, {})
-        if name in files:
+        listed = found.setdefault(folder, {})
+        if name in listed:
             raise BadInput("a file is listed twice", f"{SUMS} line {number}", MAKE_SUMS, str(path))
-        files[name] = match[1].lower()
+        listed[name] = match[1].lower()
     return {folder: dict(sorted(found[folder].items())) for folder in sorted(found)}
 
 
@@ -119,12 +120,11 @@ def place_of(root: Path, sums: dict[str, dict[str, str]], task: Task) -> Place:
 def read_columns(path: Path, where: str) -> tuple[list[str], list[dict[str, str]]]:
     """Heading and rows of a small CSV file. Raises BadInput when it is none."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadInput("the table is too large", where, "one row per image is enough")
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            return list(reader.fieldnames or ()), [
-                {key: (value or "").strip() for key, value in row.items() if key} for row in reader
-            ]
+        text = files.read_plain(path, follow=False).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return list(reader.fieldnames or ()), [
+            {key: (value or "").strip() for key, value in row.items() if key} for row in reader
+        ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"cannot read the table: {error}", where, "save it as CSV with the encoding UTF-8") from None
+        told = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot read the table: {told}", where, "save it as CSV with the encoding UTF-8") from None

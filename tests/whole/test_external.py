@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -257,3 +258,39 @@ def test_a_refiner_may_follow(outside: Path) -> None:
     cmrhpc("run", outside)
     assert read_shard(outside / "predictions/elsewhere+simgan+affine/ratio1/resnet50/fold0_repeat0.h5")["score"].any()
     assert "refined, elsewhere by simgan, " in (outside / "report/index.html").read_text()
+
+
+@pytest.mark.timeout(300)
+def test_links_and_what_is_no_file_are_refused(outside: Path, tmp_path: Path) -> None:
+    place = outside / "made" / PLACE
+    image = next(path for path in sorted(place.iterdir()) if path.suffix == ".mha")
+    secret = tmp_path / "secret.mha"
+    shutil.move(image, secret)
+    image.symlink_to(secret)  # the right bytes: the list holds
+    assert "is reached through a link, which is not followed" in refused(outside)
+    assert not (outside / SHARD).exists()
+    image.unlink()
+    image.symlink_to("/dev/zero")
+    assert "is reached through a link" in refused(outside)
+    image.unlink()
+    os.mkfifo(image)
+    assert "it is no plain file" in refused(outside)
+    image.unlink()
+    shutil.copy(secret, image)
+    place.rename(tmp_path / "place")
+    place.symlink_to(tmp_path / "place")
+    assert "is reached through a link" in refused(outside)
+    place.unlink()
+    (tmp_path / "place").rename(place)
+    for name in (f"{PLACE}/train_ids.csv", "SHA256SUMS"):
+        path = outside / "made" / name
+        path.rename(tmp_path / path.name)
+        os.mkfifo(path)
+        assert "it is no plain file" in refused(outside)
+        path.unlink()
+        path.symlink_to(tmp_path / path.name)
+        assert "a link, which is not followed" in refused(outside)
+        path.unlink()
+        (tmp_path / path.name).rename(path)
+    make(outside)
+    assert (outside / SHARD).exists()
