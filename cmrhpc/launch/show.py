@@ -44,7 +44,12 @@ def as_text(found: Status) -> str:
             lines.append(f"... and {sum(len(tasks) for _, _, tasks in groups[LINES:])} more")
     if found.slurm:
         lines.append(found.slurm)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would take for a command: reasons and names come from files that anybody may write."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _small(hours: float) -> str:
