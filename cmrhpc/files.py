@@ -1,8 +1,9 @@
 """The only place that writes files: temporary file in the same folder, flush, fsync, rename, fsync of the folder.
 
 A reader sees the old file, the new file or none, never half of one. A temporary file is named
-`.NAME.tmp.HOST.PID.START`, is never read, and is removed by `remove_stale` only when its process is gone from
-this host or, where that cannot be told, when it is older than a day. What lies in a workspace or came from outside is opened by `open_plain`.
+`.NAME.tmp.HOST.PID.START`, is never read, and is removed by `remove_stale` only when its process is gone from this host
+or, where that cannot be told, when it is older than a day. What lies in a workspace or came from outside is opened by
+`open_plain`.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ class Judge:
         data = self.study.data
         try:
             rows = read_table(self.workspace.raw, data.table, data.columns, check_files=False)
-            report = self.workspace.path(COHORT).with_suffix(".csv").read_text(encoding="utf-8")
+            report = files.read_plain(self.workspace.path(COHORT).with_suffix(".csv")).decode()
         except (CmrhpcError, OSError, UnicodeDecodeError):
             return ""  # the report is a companion of the cohort and checked as such
         return sources.changed(rows, self.workspace.raw, report)

@@ -7,6 +7,7 @@ is printed here ends in stored logs. Rows are counted from 1, the heading not in
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import posixpath
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from cmrhpc.errors import BadInput
+from cmrhpc.files import open_plain
 from cmrhpc.near import did_you_mean, nearest
 
 REQUIRED = ("image", "label", "patient")
@@ -83,7 +85,7 @@ def read_table(
     rows: list[Row] = []
     seen: dict[str, int] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(open_plain(path), encoding="utf-8-sig", newline="") as stream:
             for line, number, fields in _records(stream, table, columns or {}):
                 row = _row(_Place(table, number, line), fields, columns or {}, classes, inside, check_files)
                 key = inside.real(row.image) if check_files else posixpath.normpath(row.image)
@@ -104,7 +106,7 @@ def read_table(
 
 def read_heading(raw: Path, table: str = "cohort.csv") -> list[str]:
     """The names of the columns of a table that `read_table` has read."""
-    with open(Path(raw) / table, encoding="utf-8-sig", newline="") as stream:
+    with io.TextIOWrapper(open_plain(Path(raw) / table), encoding="utf-8-sig", newline="") as stream:
         return [name.strip() for name in next(csv.reader(stream, strict=True), [])]
 
 
