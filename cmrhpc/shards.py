@@ -62,10 +62,15 @@ class Header:
 
 @dataclass(frozen=True)
 class Shard(Header):
-    """A shard whose checksum held when it was read. `shard["image"]` reads one dataset."""
+    """A shard whose checksum held when it was read. `shard["image"]` reads one dataset.
+
+    identity: of the file that was checked. Where another lies there now, or it was written to, it is checked again and
+    must have the same content.
+    """
 
     path: Path = field(default=Path())
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    identity: tuple[int, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -83,10 +88,13 @@ class Shard(Header):
 
     def read_many(self, names: Iterable[str], rows: Any = slice(None)) -> dict[str, np.ndarray]:
         """As `read`, several datasets from one opening of the file."""
-        found: dict[str, np.ndarray] = {}
-        name = ""
+        names, found, name = list(names), {}, ""
         try:
+            if _identity(self.path) != self.identity:
+                return self._again().read_many(names, rows)
             with opened(self.path) as file:
+                if _identity(file.id.get_vfd_handle()) != self.identity:
+                    return self._again().read_many(names, rows)
                 for name in names:
                     if name not in self.shapes:
                         mend = f"it holds {', '.join(self.names)}"
@@ -94,6 +102,13 @@ class Shard(Header):
                     found[name] = np.asarray(file[name][rows])
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # the kinds that h5py raises
             raise refused(self.path, f'"{name}" cannot be read: {error}'[:200]) from None
+        return found
+
+    def _again(self) -> Shard:
+        """What lies there now, checked. Raises BadInput when it is not the same content."""
+        found = read_shard(self.path)
+        if found.content_sha256 != self.content_sha256:
+            raise BadInput("shard replaced by another while it was read", str(self.path), "run the same command again")
         return found
 
     def strings(self, name: str) -> list[str]:
@@ -304,23 +319,44 @@ def read_shard(path: Path, schema: str = "") -> Shard:
     A network file system may miss a fresh rename for a moment, so a missing file is looked for three times.
     """
     path = Path(path)
-    for pause in (0.05, 0.2, None):
-        wrong = damage_of(path)
-        if wrong != "missing" or pause is None:
+    for pause in (0.05, 0.2, 0):
+        shard, wrong = _checked(path)
+        if wrong not in ("missing", _REPLACED) or not pause:
             break
         time.sleep(pause)
-    if wrong:
+    if wrong or shard is None:
         mend = "`cmrhpc run` computes it" if wrong == "missing" else "`cmrhpc run` computes it again"
         raise BadInput(f"shard {wrong}", str(path), mend)
-    shard = _open_checked(path)
     if schema and shard.schema != schema:
         raise BadInput(f'a shard of schema "{shard.schema}", not "{schema}"', str(path), "is it the right file?")
     return shard
 
 
+_REPLACED = "replaced while it was read"
+
+
+def _checked(path: Path) -> tuple[Shard | None, str]:
+    """The shard whose checksum held, or why there is none: between hashing and opening another may take its name."""
+    hashed = _identity(path)
+    if wrong := damage_of(path):
+        return None, wrong
+    shard = _open_checked(path)
+    return shard, "" if shard.identity == hashed else _REPLACED
+
+
+def _identity(file: Path | int) -> tuple[int, ...]:
+    """Which file it is and when it was last changed: other numbers, perhaps another content. Empty where it is gone."""
+    try:
+        told = os.stat(file)
+    except OSError:
+        return ()
+    return told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns
+
+
 def _open_checked(path: Path) -> Shard:
     try:
         with opened(path) as file:
+            identity = _identity(file.id.get_vfd_handle())
             shapes = check_tree(path, file)
             told = read_told(path, file, shapes)
     except BadInput:
@@ -333,7 +369,7 @@ def _open_checked(path: Path) -> Shard:
     header = {k: told[k] for k in ("schema", "task", "settings_sha256", "seed", "inputs", "attributes")}
     if content_hash(header, told["data_sha256"]) != told["content_sha256"]:
         raise refused(path, "its content hash does not agree with its attributes")
-    return Shard(path=path, shapes={n: shapes[n] for n in sorted(told_data)}, **told)
+    return Shard(path=path, shapes={n: shapes[n] for n in sorted(told_data)}, identity=identity, **told)
 
 
 def read_header(path: Path) -> Header:
@@ -346,14 +382,14 @@ def read_header(path: Path) -> Header:
 
 def check_content(shard: Shard) -> str:
     """Hash every dataset again; empty when all agree, otherwise what does not. For `verify`."""
-    for name, told in shard.data_sha256.items():
-        try:
-            with opened(shard.path) as file:
-                digest = _dataset_digest(file[name])
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            return f'dataset "{name}" cannot be read: {error}'[:200]
-        if digest != told:
-            return f'dataset "{name}" does not agree with its hash'
+    name = ""
+    try:
+        with opened(shard.path) as file:
+            for name, told in shard.data_sha256.items():
+                if _dataset_digest(file[name]) != told:
+                    return f'dataset "{name}" does not agree with its hash'
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        return f'dataset "{name}" cannot be read: {error}'[:200]
     return ""
 
 

@@ -180,3 +180,33 @@ def test_an_unfinished_write_leaves_the_old_shard(tmp_path: Path) -> None:
         write(tmp_path / "a.h5", datasets=DATA | {"image": broken})
     assert shards.read_shard(tmp_path / "a.h5").content_sha256 == content
     assert os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_another_shard_that_takes_the_name_is_not_read_as_the_one_that_was_checked(tmp_path: Path) -> None:
+    other = DATA | {"image": DATA["image"] + 1}
+    write(tmp_path / "a.h5")
+    write(tmp_path / "b.h5", datasets=other)
+    shard = shards.read_shard(tmp_path / "a.h5")
+    (tmp_path / "b.h5").rename(tmp_path / "a.h5")
+    for rows in (slice(None), slice(1, 3)):
+        with pytest.raises(BadInput, match="replaced by another"):
+            shard.read("image", rows)
+    write(tmp_path / "a.h5", info={"seconds": 9.0})  # the same content by another process: two may work on one task
+    np.testing.assert_array_equal(shard["image"], DATA["image"])
+    np.testing.assert_array_equal(shard.read("image", slice(1, 3)), DATA["image"][1:3])
+    (tmp_path / "a.h5").unlink()
+    with pytest.raises(BadInput, match="missing"):
+        shard["image"]
+
+
+def test_a_bit_that_flips_after_the_check_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    os.utime(tmp_path / "a.h5", (0, 0))
+    shard = shards.read_shard(tmp_path / "a.h5")
+    raw = bytearray((tmp_path / "a.h5").read_bytes())
+    place = bytes(raw).index(DATA["image"].tobytes())
+    raw[place + 100] ^= 1
+    with open(tmp_path / "a.h5", "r+b") as stream:  # in place: the inode stays
+        stream.write(raw)
+    with pytest.raises(BadInput, match="checksum"):
+        shard.read("image", slice(0, 2))
