@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -191,16 +192,22 @@ def verify(args: argparse.Namespace) -> int:
     from cmrhpc.verify import verify as check
     from cmrhpc.workspace import Workspace
 
-    result = check(Workspace(args.workspace))
+    workspace = Workspace(args.workspace)
+    result = check(workspace)
     if args.json:
-        keys = ("digest", "damaged", "leaks", "out_of_date")
+        keys = ("digest", "damaged", "leaks", "leaks_unchecked", "out_of_date", "missing")
         print(json.dumps({key: getattr(result, key) for key in keys}))
-    elif result.shards:
+    elif result.shards or result.damaged:
         for line in result.damaged + result.leaks + result.out_of_date:
             print(line)
         print(f"{result.files} files and {result.shards} shards checked; {result.missing} tasks are not done yet")
-        if not result.leaks:
-            print("no patient is in training and in test of the same fold")
+        if result.leaks_unchecked:
+            print(f"leaks could not be looked for: {result.leaks_unchecked}")
+        elif not result.leaks:
+            by_image = workspace.study.folds.group_by == "image"
+            note = '; patients are, as group_by = "image" asks' if by_image else ""
+            note += "; damaged shards were not looked at" if result.damaged else ""
+            print(f"no {'image' if by_image else 'patient'} is in training and in test of the same fold{note}")
         print(f"digest {result.digest}")
     if result.damaged or result.leaks:
         if args.json:
@@ -215,6 +222,11 @@ def verify(args: argparse.Namespace) -> int:
             return Incomplete.exit_code
         what = "nothing is damaged, but the report is out of date"
         raise Incomplete(what, args.workspace, "`cmrhpc run` (or aggregate) makes it again")
+    if result.leaks_unchecked:
+        if args.json:
+            return Incomplete.exit_code
+        what = f"nothing is damaged, but leaks could not be looked for: {result.leaks_unchecked}"
+        raise Incomplete(what, args.workspace, "`cmrhpc ingest` makes cohort and folds, `cmrhpc run` the rest")
     return 0
 
 
@@ -313,6 +325,9 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2, 3, 4, 5, 75, 130 or 141. One message on stderr, no traceback."""
     is_script = arguments is None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name that is no text is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run_verb(list(sys.argv[1:] if arguments is None else arguments), is_script)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from cmrhpc import files
 from cmrhpc.shards import sha256_file, sha256_of
 
+REPORT_FILES = ("index.html", "table.csv")  # of every report
 
-def write(path: Path, sources: dict[str, str]) -> None:
-    """Seal every file of the folder of `path`, again while another process changes them."""
+
+def begin(path: Path) -> None:
+    """A seal of nothing, before the first file of a report is written: one that was not finished is no damage."""
+    _write(path, {"sources": {}, "files": {}})
+
+
+def write(path: Path, sources: dict[str, str], names: Collection[str]) -> None:
+    """Seal the named files of the folder of `path`, again while another process changes them."""
     for _ in range(10):
-        told = {"sources": sources, "files": _hashes(path)}
-        files.atomic_write(path, json.dumps(told | {"sha256": sha256_of(told)}, indent=0))
+        _write(path, {"sources": sources, "files": _hashes(path, names)})
         if not damage(path):
             return
+
+
+def _write(path: Path, told: dict[str, dict[str, str]]) -> None:
+    files.atomic_write(path, json.dumps(told | {"sha256": sha256_of(told)}, indent=0))
 
 
 def read(path: Path) -> dict[str, dict[str, str]] | None:
@@ -34,11 +45,12 @@ def read(path: Path) -> dict[str, dict[str, str]] | None:
 def damage(path: Path) -> list[str]:
     """One line for each file of the report that is missing or not as it was written; empty where there is no report."""
     if not path.is_file():
-        return []
+        there = any((path.parent / name).exists() for name in REPORT_FILES)
+        return [f"{path.name}: missing, so nothing vouches for the report"] if there else []
     told = read(path)
     if told is None:
         return [f"{path.name}: its checksum does not hold"]
-    now = _hashes(path)
+    now = _hashes(path, told["files"])
     return [
         f"{name}: {'its checksum does not hold' if name in now else 'missing'}"
         for name, sha256 in told["files"].items()
@@ -46,10 +58,12 @@ def damage(path: Path) -> list[str]:
     ]
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def _hashes(path: Path, names: Collection[str]) -> dict[str, str]:
+    """sha256 of those files of the folder that are named; what an editor or a file system leaves there is not ours."""
     found = {}
     for file in sorted(path.parent.rglob("*")):
-        if file.is_file() and not file.is_symlink() and not files.is_temporary(file.name) and file != path:
+        name = file.relative_to(path.parent).as_posix()
+        if name in names and file.is_file() and not file.is_symlink():
             with contextlib.suppress(FileNotFoundError):  # a second process just removed it
-                found[file.relative_to(path.parent).as_posix()] = sha256_file(file)
+                found[name] = sha256_file(file)
     return found

@@ -123,37 +123,55 @@ class Workspace:
 
     # ---------------------------------------------------------------- the frozen task lists
 
-    def tasks(self, stage: str) -> list[Task]:
+    def tasks(self, stage: str, freeze: bool = True) -> list[Task]:
         """The frozen list of a stage: index i means the same task for ever. New tasks of the study are appended.
 
-        Tasks that the study no longer asks for keep their index; `wanted` tells them apart.
+        Tasks that the study no longer asks for keep their index; `wanted` tells them apart. freeze: False where tasks
+        are only shown: new ones then count also when the list cannot be written, under indices that are not fixed yet.
         """
         if stage not in STAGES:
             raise BadInput(f'unknown stage "{stage}"', "", f"stages: {', '.join(STAGES)}")
         asked = planning.tasks(self.study, stage)
         while True:
-            frozen, last = self._frozen(stage)
+            frozen, last = self.frozen(stage)
             known = {task.output for task in frozen}
             new = [task for task in asked if task.output not in known]
             if not new:
                 return frozen
             values = [task.to_json() for task in new]
             text = json.dumps([*values, {"sha256": shards.sha256_of(values)}], indent=0)
-            if files.create_once(self.root / "tasks" / stage / f"{last + 1:04d}.json", text):
+            try:
+                if files.create_once(self.root / "tasks" / stage / f"{last + 1:04d}.json", text):
+                    return frozen + new
+            except BadInput:
+                if freeze:
+                    raise
                 return frozen + new
 
-    def _frozen(self, stage: str) -> tuple[list[Task], int]:
+    def frozen(self, stage: str) -> tuple[list[Task], int]:
+        """The tasks in the lists of a stage, and the number of lists. Raises BadInput for one that is not right."""
         folder = self.root / "tasks" / stage
-        names = sorted(filter(_SEGMENT.fullmatch, os.listdir(folder))) if folder.is_dir() else []
+        names = filter(_SEGMENT.fullmatch, os.listdir(folder)) if folder.is_dir() else []
+        last = max((int(name[:4]) for name in names), default=0)
         found: list[Task] = []
-        for name in names:
+        for number in range(1, last + 1):
+            path = folder / f"{number:04d}.json"
             try:
-                found += [Task.from_json(values) for values in _read_segment(folder / name)]
+                tasks = [Task.from_json(values) for values in _read_segment(path)]
+                if any(task.stage != stage for task in tasks):
+                    raise ValueError("it lists tasks of another stage")
+                if not set(tasks).isdisjoint(found):
+                    raise ValueError("an earlier list holds its tasks")
             except _UNREADABLE as error:
-                mend = "restore it; or, when no job of this study is queued, remove it: it is made again"
-                told = getattr(error, "strerror", None) or error
-                raise BadInput(f"damaged task list: {told}", str(folder / name), mend) from None
-        return found, int(names[-1][:4]) if names else 0
+                told = (
+                    "it is missing"
+                    if isinstance(error, FileNotFoundError)
+                    else getattr(error, "strerror", None) or error
+                )
+                mend = f"restore it; or, when no job of this study is queued, remove {folder}: it is made again"
+                raise BadInput(f"damaged task list: {told}", str(path), mend) from None
+            found += tasks
+        return found, last
 
     def wanted(self, stage: str) -> set[str]:
         """Outputs that the study asks for now."""
@@ -218,13 +236,15 @@ class Workspace:
 
     # ---------------------------------------------------------------- what is done
 
-    def states(self, stages: tuple[str, ...] = STAGES, check: bool = False) -> dict[str, list[State]]:
+    def states(
+        self, stages: tuple[str, ...] = STAGES, check: bool = False, freeze: bool = True
+    ) -> dict[str, list[State]]:
         """Every wanted task of the given stages with its index, and whether it is done or why not.
 
-        check: hash every file as well, also raw ones, so that a damaged one counts as missing.
+        check: hash every file as well, also raw ones, so that a damaged one counts as missing. freeze: as for `tasks`.
         """
         judge = Judge(self, check, raw=check)
-        return {stage: judge.stage(stage) for stage in stages}
+        return {stage: judge.stage(stage, freeze) for stage in stages}
 
 
 class Judge:
@@ -232,7 +252,7 @@ class Judge:
 
     check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
     onto a shard (same inode) would not change.
-    read: what shards said that the caller has just read whole, so that they are not read again.
+    read: what shards said that the caller has just read whole, so that they are not read again, nor the index.
     raw: hash every raw image and mask too, where their folder can be reached.
     """
 
@@ -240,17 +260,17 @@ class Judge:
         self, workspace: Workspace, check: bool = False, read: Mapping[str, Entry] | None = None, raw: bool = False
     ):
         self.workspace, self.study, self.check, self.read, self.raw = workspace, workspace.study, check, read or {}, raw
-        self.index = workspace.index()
+        self.index = workspace.index() if read is None else dict(read)
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
         self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
         self.hashes: dict[str, str] = {}
         self.sums: dict[str, dict[str, dict[str, str]]] = {}  # of the external generators, each read once
         self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
 
-    def stage(self, stage: str) -> list[State]:
+    def stage(self, stage: str, freeze: bool = True) -> list[State]:
         wanted = self.workspace.wanted(stage)
         states = []
-        for index, task in enumerate(self.workspace.tasks(stage)):
+        for index, task in enumerate(self.workspace.tasks(stage, freeze)):
             if task.output in wanted:
                 reason = self.reason(task)
                 waits = () if not reason else tuple(p for p in planning.inputs(self.study, task) if self.verdict(p))
@@ -371,6 +391,8 @@ class Judge:
             return "missing"
         if self.check and (wrong := seal.damage(report)):
             return f"damaged: {wrong[0]}"
+        if not told["sources"]:
+            return "its making was not finished"
         if told["sources"] != report_sources(self):
             return "predictions, images or the study changed since the report"
         return ""
@@ -378,9 +400,7 @@ class Judge:
 
 def report_sources(judge: Judge) -> dict[str, str]:
     """What a report was made from: content hashes of all valid shards, and the study."""
-    valid = {
-        out: judge.index[out].content_sha256 for out in judge.makers if out in judge.index and not judge.verdict(out)
-    }
+    valid = {out: judge.index[out].content_sha256 for out in judge.makers if out != REPORT and not judge.verdict(out)}
     return valid | {"study": shards.sha256_of(judge.study.to_json())}
 
 

@@ -14,7 +14,7 @@ DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where the cluster does not say
 
 def print_plan(workspace: Workspace, stages: tuple[str, ...], as_json: bool, every: bool) -> None:
     """Counts per stage; with `every` each task with its reason."""
-    states = workspace.states(stages)
+    states = workspace.states(stages, freeze=False)
     counts = {
         stage: {"total": len(found), "done": sum(s.done for s in found), "missing": sum(not s.done for s in found)}
         for stage, found in states.items()

@@ -72,12 +72,12 @@ class Status:
 def status(workspace: Workspace) -> Status:
     """State of every stage. Asks Slurm at most twice and accounting once."""
     own = slurm.queue()  # before the shards: what ends meanwhile is then seen as done
-    states = workspace.states()
+    states = workspace.states(freeze=False)
     index = workspace.index()
     jobs = _Jobs(workspace, own)
     jobs.look(states, index)
     if jobs.just_ended(states):
-        states, index = workspace.states(), workspace.index()
+        states, index = workspace.states(freeze=False), workspace.index()
     found = {}
     for stage, some in states.items():
         row = StageStatus(len(some), sum(state.done for state in some))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,13 @@ class AggregateResult:
     refused: dict[str, str]  # files that are there and not used -> why
     leaks: list[str]
     result: Result
+    files: tuple[str, ...]  # what was written, from the report folder
 
 
-def aggregate(folder: Path, out: Path | None = None) -> AggregateResult:
+def aggregate(folder: Path, out: Path | None = None, begin: Callable[[], None] = lambda: None) -> AggregateResult:
     """Make the report of a workspace, or of a copied predictions folder alone, in `out` (default: FOLDER/report).
 
+    begin: called before the first file is written.
     Missing cells are shown as missing and raise nothing. Raises BadInput when there is no usable prediction at all,
     when two cohorts are mixed, or when the folder cannot be written.
     """
@@ -64,6 +67,7 @@ def aggregate(folder: Path, out: Path | None = None) -> AggregateResult:
     written["index.html"] = render(result, gallery, drawn)
 
     files.make_folder(out)  # refuses a link that leads out of the workspace
+    begin()
     # What an earlier report of another study left would stand beside the new one.
     for name in ("classes.csv", "best_ratio.csv"):
         if name not in written:
@@ -82,6 +86,7 @@ def aggregate(folder: Path, out: Path | None = None) -> AggregateResult:
         collection.refused,
         collection.leaks,
         result,
+        tuple(written),
     )
 
 

@@ -18,10 +18,12 @@ def run_aggregate(workspace: Workspace) -> str:
 
 def aggregate_folder(root: Path) -> AggregateResult:
     """Aggregate a workspace, or a folder that holds only predictions; in a workspace remember the sources."""
-    result = aggregate(Path(root))
-    if (Path(root) / "study.toml").is_file():
-        workspace = Workspace(root)
-        cells = (cell for row in result.result.collection.cells.values() for cell in row.values())
-        judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
-        seal.write(workspace.path(REPORT), report_sources(judge))
+    if not (Path(root) / "study.toml").is_file():
+        return aggregate(Path(root))
+    workspace = Workspace(root)
+    path = workspace.path(REPORT)
+    result = aggregate(Path(root), begin=lambda: seal.begin(path))
+    cells = (cell for row in result.result.collection.cells.values() for cell in row.values())
+    judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
+    seal.write(path, report_sources(judge), result.files)
     return result

@@ -114,6 +114,9 @@ def run_task(
     if not judge.reason(task):
         workspace.clear_checkpoints(task)
         return f"{task.title}: already done"
+    if workspace.path(task.output).is_dir():  # it would be found at the end of hours of training
+        what = "a folder has the name of the file to be written"
+        raise BadInput(what, str(workspace.path(task.output)), "remove it, then run the same command again")
     if stage == "ingest":
         from cmrhpc.stages.ingest import run_ingest
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import plan as planning
 from cmrhpc import shards
 from cmrhpc.plan import STAGES
 from cmrhpc.stages.task import run_task
@@ -232,15 +231,3 @@ def test_links_to_shards_elsewhere_are_not_followed(undisturbed: Path, copied: P
     assert shards.read_shard(copied / f"{SYNTHETIC}.h5").content_sha256 == (
         shards.read_shard(undisturbed / f"{SYNTHETIC}.h5").content_sha256
     )
-
-
-def test_a_hole_in_the_numbers_of_a_task_list_hangs_nothing(copied: Path) -> None:
-    text = (copied / "study.toml").read_text()
-    (copied / "study.toml").write_text(text + '[[arms]]\nname = "affine"\n')
-    assert len(Workspace(copied).tasks("classify")) == 6
-    (copied / "tasks/classify/0001.json").unlink()
-    (copied / "tasks/classify/notes.json").write_text("mine")
-    assert len(Workspace(copied).tasks("classify")) == 6
-    assert {t.output for t in Workspace(copied).tasks("classify")} == {
-        t.output for t in planning.tasks(Workspace(copied).study, "classify")
-    }
