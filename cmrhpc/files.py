@@ -158,6 +158,7 @@ def explain(error: OSError, path: Path) -> BadInput:
         122: "free space in your quota, then run the same command again",
         30: "the file system is read-only: choose another workspace folder",
         13: "give yourself write access to the folder, then run the same command again",
+        21: "a folder has the name of the file: remove it, then run the same command again",
         2: "the folder was moved or removed: put it back, then run the same command again",
         5: "the file system reports an I/O error: ask its administrator, then run the same command again",
     }

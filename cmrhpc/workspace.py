@@ -163,11 +163,8 @@ class Workspace:
                 if not set(tasks).isdisjoint(found):
                     raise ValueError("an earlier list holds its tasks")
             except _UNREADABLE as error:
-                told = (
-                    "it is missing"
-                    if isinstance(error, FileNotFoundError)
-                    else getattr(error, "strerror", None) or error
-                )
+                told = getattr(error, "strerror", None) or error
+                told = "it is missing" if isinstance(error, FileNotFoundError) else told
                 mend = f"restore it; or, when no job of this study is queued, remove {folder}: it is made again"
                 raise BadInput(f"damaged task list: {told}", str(path), mend) from None
             found += tasks
