@@ -40,7 +40,7 @@ class Comparison:
     p_holm: float  # NaN for the primary comparison, which stands alone
     primary: bool
     n_common: int  # cells (folds x repeats) that both have
-    n_left_out: int  # cells that only one of them has
+    n_left_out: int  # cells of the plan that one of them lacks, or both
     n_patients: int
     only_arm_right: int  # patients (McNemar)
     only_versus_right: int
@@ -73,12 +73,10 @@ class Comparison:
 class BestRatio:
     """Per fold and repeat the ratio with the best validation result; measured on the test images of that fold."""
 
-    classifier: str
-    arm: str
     chosen: dict[float, int]  # ratio -> in how many folds x repeats
-    pooled: Pooled
-    n_common: int
-    n_left_out: int
+    reason: str  # why no ratio can be chosen; else empty
+    row: Row  # of the chosen cells; its key has no ratio
+    versus: Comparison  # of the primary metric, with none (affine where the study has no none)
 
 
 def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
@@ -91,7 +89,8 @@ def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
             base = (key[0], versus, 0.0)
             if base in rows and key != base and key[1] != "none":
                 declared = study.primary.metric if primary == (key, versus) else ""
-                found += _compare(evaluator, rows, key, versus, declared)
+                cells = evaluator.collection.cells
+                found += _compare(evaluator, rows[key], cells.get(key, {}), rows[base], cells.get(base, {}), declared)
 
     # Holm over all but the primary comparison.
     corrected: dict[int, float] = {}
@@ -110,28 +109,31 @@ def primary_key(evaluator: Evaluator) -> tuple[Key, str]:
     return (declared.classifier, arm, ratio), versus
 
 
-def common_cells(a: Cells, b: Cells) -> tuple[Cells, Cells, int]:
-    """The cells that both have with the same test images, and how many are left out."""
+def common_cells(a: Cells, b: Cells) -> tuple[Cells, Cells]:
+    """The cells that both have with the same test images."""
     same = [k for k in a if k in b and np.array_equal(a[k].images.row, b[k].images.row)]
-    return {k: a[k] for k in same}, {k: b[k] for k in same}, len(a.keys() | b.keys()) - len(same)
+    return {k: a[k] for k in same}, {k: b[k] for k in same}
 
 
-def _compare(evaluator: Evaluator, rows: dict[Key, Row], key: Key, versus: str, declared: str) -> list[Comparison]:
-    cells = evaluator.collection.cells
-    base = (key[0], versus, 0.0)
-    a, b, left_out = common_cells(cells.get(key, {}), cells.get(base, {}))
+def _compare(
+    evaluator: Evaluator, one: Row, one_cells: Cells, base: Row, base_cells: Cells, declared: str
+) -> list[Comparison]:
+    """Every metric of `one` against `base`, rows of the same planned folds and repeats, on the cells that both have."""
+    key, versus = one.key, base.key[1]
+    a, b = common_cells(one_cells, base_cells)
+    left_out = one.n_expected - len(a)
     nan = float("nan")
     if not a:
         return [
             Comparison(key, versus, m, nan, nan, nan, nan, nan, nan, nan, m == declared, 0, left_out, 0, 0, 0)
             for m in METRICS
         ]
-    whole_a, whole_b = len(a) == len(cells[key]), len(b) == len(cells[base])
-    pooled_a = Pooled(_values(rows[key]), rows[key].drawn, []) if whole_a else evaluator.pooled(a)
-    pooled_b = Pooled(_values(rows[base]), rows[base].drawn, []) if whole_b else evaluator.pooled(b)
+    whole_a, whole_b = len(a) == len(one_cells), len(b) == len(base_cells)
+    pooled_a = Pooled(_values(one), one.drawn, []) if whole_a else evaluator.pooled(a)
+    pooled_b = Pooled(_values(base), base.drawn, []) if whole_b else evaluator.pooled(b)
 
     # Per cell: what Nadeau-Bengio sees. Share of test to training images over the cells.
-    folds = [{(f.repeat, f.fold): f.values for f in row.folds} for row in (rows[key], rows[base])]
+    folds = [{(f.repeat, f.fold): f.values for f in row.folds} for row in (one, base)]
     share = float(np.mean([len(cell.score) / max(1, cell.n_train) for cell in a.values()]))
 
     # Per patient: what McNemar and DeLong see.
@@ -212,35 +214,48 @@ def _patient_test(
     return float("nan"), 0, 0
 
 
-def best_ratios(evaluator: Evaluator) -> list[BestRatio]:
+def best_ratios(evaluator: Evaluator, rows: dict[Key, Row]) -> list[BestRatio]:
     """For every arm with several ratios: in each fold and repeat the ratio that did best on validation patients.
 
-    Best: highest validation accuracy, among equals the lower validation cross-entropy, then the smaller ratio. The
-    test images take no part in the choice, and a fold's choice sees training patients of that fold only.
+    Best: highest value of the primary metric on the validation images, where these define it; among equals the lower
+    validation cross-entropy, then the smaller ratio. The test images take no part in the choice, and a fold's choice
+    sees training patients of that fold only.
     """
     collection = evaluator.collection
+    metric = collection.study.primary.metric
     found = []
     for classifier in collection.study.classifiers:
+        base = next((classifier, name, 0.0) for name in BASELINES if (classifier, name, 0.0) in rows)
         for arm in collection.study.arms:
+            if len(arm.ratios) < 2:
+                continue
             parts = arm_parts(arm.name, collection.study)
-            columns: dict[float, Cells] = {}
-            for ratio in sorted(arm.ratios):
-                columns[ratio] = collection.cells.get((classifier, *cell_of(arm.name, ratio, parts)), {})
+            keys = {ratio: (classifier, *cell_of(arm.name, ratio, parts)) for ratio in sorted(arm.ratios)}
+            columns = {ratio: collection.cells.get(key, {}) for ratio, key in keys.items()}
             everywhere = set.intersection(*(set(c) for c in columns.values()))
             usable = [k for k in sorted(everywhere) if all(len(c[k].validation_label) for c in columns.values())]
-            if len(columns) < 2 or not usable:
-                continue
-            best = {k: min((_validation_rank(c[k], r) for r, c in columns.items()))[-1] for k in usable}
+            best = {k: min(_validation_rank(c[k], r, metric) for r, c in columns.items())[-1] for k in usable}
+            cells = {k: columns[r][k] for k, r in best.items()}
+            planned = max(evaluator.expected[key] for key in keys.values())
+            row = evaluator.row_of((classifier, arm.name, float("nan")), cells, planned - len(cells))
+            compared = _compare(evaluator, row, cells, rows[base], collection.cells.get(base, {}), "")
+            versus = next(c for c in compared if c.metric == metric)
             chosen = {r: sum(b == r for b in best.values()) for r in columns}
-            pooled = evaluator.pooled({k: columns[r][k] for k, r in best.items()})
-            left_out = len(set.union(*(set(c) for c in columns.values()))) - len(usable)
-            found.append(BestRatio(classifier, arm.name, chosen, pooled, len(usable), left_out))
+            found.append(BestRatio(chosen, "" if cells else _why_none(columns), row, versus))
     return found
 
 
-def _validation_rank(cell: Cell, ratio: float) -> tuple[float, float, float]:
+def _why_none(columns: dict[float, Cells]) -> str:
+    """Why no fold and repeat can tell the best ratio."""
+    lost = [f"{ratio:g}" for ratio, cells in columns.items() if not cells]
+    if lost:
+        return f"no cell of ratio {', '.join(lost)}"
+    return "no fold and repeat has all ratios with validation scores"
+
+
+def _validation_rank(cell: Cell, ratio: float, metric: str) -> tuple[float, float, float]:
     """Smaller is better."""
     label, score = cell.validation_label, cell.validation_score
-    accuracy = float((metrics.predicted_class(score) == label).mean())
+    value = metrics.measure(label, score)[metric]
     loss = float(-np.log(np.clip(score[np.arange(len(label)), label], 1e-12, 1)).mean())
-    return -accuracy, loss, ratio
+    return -value if np.isfinite(value) else 0.0, loss, ratio

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cmrhpc.csvtext import Cell, to_csv
 from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report.published import published
-from cmrhpc.report.result import Result, chosen_text
+from cmrhpc.report.result import Result, best_text
 
 TABLE = (
     "classifier",
@@ -136,12 +136,20 @@ def comparison_details_csv(result: Result) -> str:
 
 
 def best_ratio_csv(result: Result) -> str:
-    """Metrics when the ratio of each fold and repeat is chosen on validation patients."""
-    header = ("classifier", "arm", "chosen", "n_common", "n_left_out", *METRICS)
-    lines: list[list[Cell]] = [
-        [b.classifier, b.arm, chosen_text(b.chosen), b.n_common, b.n_left_out, *(b.pooled.values[m] for m in METRICS)]
-        for b in result.best
-    ]
+    """Metrics when the ratio of each fold and repeat is chosen on validation patients, and one difference.
+
+    The difference is of `metric`, the primary one, to the arm `versus`, on the cells that both have; no p is corrected.
+    """
+    limits_of = (f"{m}_{end}" for m in METRICS for end in ("low", "high"))
+    difference_of = ("versus", "metric", "difference", "difference_low", "difference_high", "p_corrected_t")
+    header = ("classifier", "arm", "chosen", "n_common", "n_left_out", *METRICS, *limits_of, *difference_of)
+    lines: list[list[Cell]] = []
+    for b in result.best:
+        figures, c = [b.row.figures[m] for m in METRICS], b.versus
+        limits = [x for f in figures for x in (f.low, f.high)]
+        chosen: list[Cell] = [*b.row.key[:2], best_text(b), len(b.row.folds), b.row.n_missing]
+        difference: list[Cell] = [c.versus, c.metric, c.difference, c.low, c.high, c.p_corrected_t]
+        lines.append([*chosen, *(f.value for f in figures), *limits, *difference])
     return to_csv(header, lines)
 
 

@@ -98,7 +98,10 @@ class Evaluator:
 
     def row(self, key: Key) -> Row:
         cells = self.collection.cells.get(key, {})
-        n_missing = self.expected[key] - len(cells)
+        return self.row_of(key, cells, self.expected[key] - len(cells))
+
+    def row_of(self, key: Key, cells: Cells, n_missing: int) -> Row:
+        """The row of any cells, at most one per fold and repeat."""
         if not cells:
             nan = np.full(self.n_classes, np.nan)
             empty = {name: Figure(float("nan")) for name in METRICS}
@@ -157,16 +160,27 @@ class Evaluator:
         return found | {"auc": metrics.class_auc(label, score, patient, self.weights)}
 
     def limits(self, pooled: Pooled, patients: PerPatient) -> dict[str, tuple[float, float]]:
-        """95 % interval of each metric; exact over patients where every resample gives 0 or 1."""
-        n = rests_on(patients, self.n_classes)
-        limits = {}
+        """95 % interval of each metric: bootstrap, and where that sees too little the wider of it and an exact one.
+
+        A rate of a binary study less than one patient away from 0 or 1 rests on next to no spread, and at 0 or 1 on
+        none: there the exact limits over patients count too. Balanced accuracy then takes those of its two rates,
+        which are of different patients, by squares and sums (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
+        """
+        n, value = rests_on(patients, self.n_classes), pooled.values
+        limits: dict[str, tuple[float, float]] = {}
+        near = False
         for name in METRICS:
             low, high = statistics.interval(pooled.drawn.get(name, np.full(1, np.nan)), n[name])
-            if statistics.blind(low, high):
-                value = pooled.values[name]
-                counted = self.n_classes == 2 and name in COUNTED and value in (0.0, 1.0)
-                low, high = statistics.exact_limits(round(value * n[name]), n[name]) if counted else (float("nan"),) * 2
-            limits[name] = (low, high)
+            exact = (float("nan"), float("nan"))
+            if self.n_classes == 2 and name in COUNTED and np.isfinite(value[name]):
+                right = value[name] * n[name]
+                if min(right, n[name] - right) < 1 - 1e-9:
+                    exact = statistics.exact_limits(round(right), n[name])
+                    near = near or name != "accuracy"
+            elif name == "balanced_accuracy" and near:
+                exact = _of_two(*((value[rate], *limits[rate]) for rate in ("sensitivity", "specificity")))
+            low, high = (float("nan"),) * 2 if statistics.blind(low, high) else (low, high)
+            limits[name] = float(np.fmin(low, exact[0])), float(np.fmax(high, exact[1]))
         return limits
 
 
@@ -177,6 +191,13 @@ class Pooled:
     values: dict[str, float]
     drawn: dict[str, np.ndarray]
     counts: list[np.ndarray]
+
+
+def _of_two(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float]:
+    """Limits of the mean of two independent rates, each given as value, low, high; NaN when one is."""
+    down, up = np.hypot(a[0] - a[1], b[0] - b[1]) / 2, np.hypot(a[2] - a[0], b[2] - b[0]) / 2
+    middle = (a[0] + b[0]) / 2
+    return float(middle - down), float(middle + up)
 
 
 def rests_on(patients: PerPatient, n_classes: int) -> dict[str, int]:

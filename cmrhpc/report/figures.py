@@ -10,8 +10,8 @@ import numpy as np
 
 from cmrhpc.measure import metrics
 from cmrhpc.report.collect import Key
-from cmrhpc.report.evaluate import Row
-from cmrhpc.report.result import Result, ratio_arms
+from cmrhpc.report.evaluate import Row, nanmean
+from cmrhpc.report.result import METRIC_NAMES, Result, ratio_arms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,23 +88,28 @@ def _row_name(key: Key) -> str:
     return plain(key[1] + (f" · {key[2]:g}" if key[2] else ""))
 
 
-def accuracy(result: Result) -> bytes | None:
-    """Accuracy of every arm with its 95 % interval; dashed: none."""
+def _axis(metric: str) -> tuple[int, str]:
+    """What a metric is multiplied by on an axis, and its name there."""
+    return (1, "AUC") if metric == "auc" else (100, f"{METRIC_NAMES[metric]} %")
+
+
+def arms(result: Result, metric: str) -> bytes | None:
+    """A metric of every arm with its 95 % interval; dashed: none."""
     groups = list(_by_classifier(result))
     if not groups:
         return None
     tallest = max(len(rows) for _, rows in groups)
     figure, axes = _panels(len(groups), 6.4, 0.9 + 0.24 * tallest)
-    tone = colours(result)
+    tone, (scale, name_of_it) = colours(result), _axis(metric)
     for ax, (name, rows) in zip(axes, groups, strict=True):
         for place, (key, row) in enumerate(rows):
-            f = row.figures["accuracy"]
+            f = row.figures[metric]
             filled = "white" if key[1].endswith("+affine") else tone[key[1]]
             ends = [[max(0, f.value - f.low)], [max(0, f.high - f.value)]] if np.isfinite(f.low) else None
             ax.errorbar(
-                [100 * f.value],
+                [scale * f.value],
                 [place],
-                xerr=None if ends is None else 100 * np.array(ends),
+                xerr=None if ends is None else scale * np.array(ends),
                 fmt="o",
                 markersize=5.5,
                 color=tone[key[1]],
@@ -114,28 +119,28 @@ def accuracy(result: Result) -> bytes | None:
             )
         base = result.rows.get((name, "none", 0.0))
         if base and base.folds:
-            ax.axvline(100 * base.figures["accuracy"].value, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
+            ax.axvline(scale * base.figures[metric].value, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
         ax.set_yticks(range(len(rows)), [_row_name(key) for key, _ in rows], fontsize=8)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_title(plain(name), fontsize=10, loc="left")
-        ax.set_xlabel("accuracy %, 95 % interval over patients", fontsize=8)
+        ax.set_xlabel(f"{name_of_it}, 95 % interval over patients", fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
     return png(figure)
 
 
-def ratio_curve(result: Result) -> bytes | None:
-    """Accuracy over the ratio of synthetic to real images, with affine dashed ([SIM] Figure 7)."""
+def ratio_curve(result: Result, metric: str) -> bytes | None:
+    """A metric over the ratio of synthetic to real images, with affine dashed ([SIM] Figure 7)."""
     curves = {name: [c for c in found if len(c[1]) > 2] for name, found in ratio_arms(result).items()}
     curves = {name: found for name, found in curves.items() if found}
     if not curves:
         return None
     figure, axes = _panels(len(curves), 6.4, 3.2)
-    tone = colours(result)
+    tone, (scale, name_of_it) = colours(result), _axis(metric)
     for ax, (name, found) in zip(axes, curves.items(), strict=True):
         for shift, (arm, points) in enumerate(found):
             x = np.array([ratio for ratio, _ in points]) + 0.09 * (shift - (len(found) - 1) / 2)
-            figures = [row.figures["accuracy"] for _, row in points]
-            y, low, high = (100 * np.array([getattr(f, end) for f in figures]) for end in ("value", "low", "high"))
+            figures = [row.figures[metric] for _, row in points]
+            y, low, high = (scale * np.array([getattr(f, end) for f in figures]) for end in ("value", "low", "high"))
             ends = np.nan_to_num(np.stack([y - low, high - y])).clip(0)
             dashed = arm.endswith("+affine")
             line: dict[str, Any] = {
@@ -148,31 +153,31 @@ def ratio_curve(result: Result) -> bytes | None:
             ax.errorbar(x, y, yerr=ends, color=tone[arm], label=plain(arm), **line, **dots)
         ax.set_xticks(sorted({ratio for _, points in found for ratio, _ in points}))
         ax.set_xlabel("synthetic images per real image and class", fontsize=8)
-        ax.set_ylabel("accuracy %", fontsize=8)
+        ax.set_ylabel(name_of_it, fontsize=8)
         ax.set_title(plain(name), fontsize=10, loc="left")
         ax.tick_params(labelsize=8)
         ax.legend(fontsize=7.5, frameon=False, ncols=2)
     return png(figure)
 
 
-def fold_dots(result: Result) -> bytes | None:
-    """Accuracy of every fold and repeat: how far one split moves the figure."""
+def fold_dots(result: Result, metric: str) -> bytes | None:
+    """A metric in every fold and repeat that defines it: how far one split moves the figure."""
     groups = list(_by_classifier(result))
     if not groups:
         return None
     tallest = max(len(rows) for _, rows in groups)
     figure, axes = _panels(len(groups), 6.4, 0.9 + 0.24 * tallest)
-    tone = colours(result)
+    tone, (scale, name_of_it) = colours(result), _axis(metric)
     for ax, (name, rows) in zip(axes, groups, strict=True):
         for place, (key, row) in enumerate(rows):
-            x = 100 * np.array([fold.values["accuracy"] for fold in row.folds])
+            x = scale * np.array([fold.values[metric] for fold in row.folds])
             spread = 0.22 * np.sin(2.4 * np.arange(len(x)))  # fixed, so that equal dots stay apart
             ax.plot(x, place + spread, "o", color=tone[key[1]], markersize=3.4, alpha=0.55, markeredgewidth=0)
-            ax.plot([x.mean()] * 2, [place - 0.33, place + 0.33], color="black", linewidth=1.6)
+            ax.plot([float(nanmean(x))] * 2, [place - 0.33, place + 0.33], color="black", linewidth=1.6)
         ax.set_yticks(range(len(rows)), [_row_name(key) for key, _ in rows], fontsize=8)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_title(plain(name), fontsize=10, loc="left")
-        ax.set_xlabel("accuracy % of one fold (dot), their mean (bar)", fontsize=8)
+        ax.set_xlabel(f"{name_of_it} of one fold (dot), their mean (bar)", fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
     return png(figure)
 
@@ -313,13 +318,18 @@ def _series(lines: list[dict[str, Any]]) -> dict[str, tuple[list[float], list[fl
     return found
 
 
+def drawn_metrics(result: Result) -> list[str]:
+    """The primary metric, and accuracy as well."""
+    return list(dict.fromkeys((result.collection.study.primary.metric, "accuracy")))
+
+
 def all_figures(result: Result) -> dict[str, bytes]:
     """File name -> PNG, of the figures that predictions alone can give."""
-    made = {
-        "accuracy.png": accuracy(result),
-        "ratio_curve.png": ratio_curve(result),
-        "folds.png": fold_dots(result),
-        "roc.png": roc(result),
-        "classifier_training.png": classifier_training(result),
-    }
+    made: dict[str, bytes | None] = {}
+    for metric in drawn_metrics(result):
+        of_it = "" if metric == "accuracy" else f"_{metric}"
+        made[f"{metric}.png"] = arms(result, metric)
+        made[f"ratio_curve{of_it}.png"] = ratio_curve(result, metric)
+        made[f"folds{of_it}.png"] = fold_dots(result, metric)
+    made |= {"roc.png": roc(result), "classifier_training.png": classifier_training(result)}
     return {name: data for name, data in made.items() if data}

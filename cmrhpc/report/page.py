@@ -14,26 +14,32 @@ from cmrhpc.measure.kernel_distance import FEATURES
 from cmrhpc.report import tables
 from cmrhpc.report.gallery import MAX_IMAGES, Gallery
 from cmrhpc.report.published import WARNING, published
-from cmrhpc.report.result import NONE, Result, arm_text, count, leaks_in_words, percent
+from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, leaks_in_words, percent
 
 TEMPLATE = "page.html.j2"
 MAX_LISTED = 200  # missing cells, leaks and notes; the CSV files have all
-CAPTIONS = {
-    "accuracy.png": "Accuracy of every arm with its 95 % interval over patients; the dashed line is the arm none. "
-    "Hollow dots: with affine on top.",
-    "ratio_curve.png": "Accuracy over the ratio of synthetic to real images. Ratio 0 is real images alone; dashed "
-    "lines have affine on top. A maximum picked from this curve is picked on test patients: Best ratio below is not.",
-    "folds.png": "Every dot is one fold of one repeat: how far the figure moves with the split alone.",
-    "roc.png": "ROC over images, pooled over folds, mean over repeats. In brackets the AUC.",
-    "classifier_training.png": "Validation loss while the classifiers train, mean over folds and repeats. Ticks at the "
-    "bottom: the steps whose weights were restored.",
-}
-TITLES = {
-    "accuracy.png": "Accuracy per arm",
-    "ratio_curve.png": "Accuracy over the ratio",
-    "folds.png": "Fold by fold",
-    "roc.png": "ROC curves",
-    "classifier_training.png": "Training of the classifiers",
+# Kind of figure -> title and caption; the first three are drawn for each metric that `figures.drawn_metrics` names.
+FIGURES = {
+    "arms": (
+        "{Metric} per arm",
+        "{Metric} of every arm with its 95 % interval over patients; the dashed line is the arm none. "
+        "Hollow dots: with affine on top.",
+    ),
+    "ratio_curve": (
+        "{Metric} over the ratio",
+        "{Metric} over the ratio of synthetic to real images. Ratio 0 is real images alone; dashed lines have affine "
+        "on top. A maximum picked from this curve is picked on test patients: Best ratio below is not.",
+    ),
+    "folds": (
+        "Fold by fold: {metric}",
+        "Every dot is one fold of one repeat: how far the figure moves with the split alone.",
+    ),
+    "roc": ("ROC curves", "ROC over images, pooled over folds, mean over repeats. In brackets the AUC."),
+    "classifier_training": (
+        "Training of the classifiers",
+        "Validation loss while the classifiers train, mean over folds and repeats. Ticks at the bottom: the steps "
+        "whose weights were restored.",
+    ),
 }
 
 
@@ -52,6 +58,16 @@ def _picture(data: bytes, title: str, caption: str = "", scale: float = 1.0) -> 
     width, height = struct.unpack(">II", data[16:24])  # of the PNG header
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     return Picture(uri, round(width * scale), round(height * scale), title, caption)
+
+
+def _figure(name: str, data: bytes) -> Picture:
+    """A drawn figure with the title and caption of its kind and metric, which its file name tells."""
+    stem = name.removesuffix(".png")
+    kind = next((kind for kind in FIGURES if stem.startswith(kind)), "arms")
+    metric = METRIC_NAMES[stem if kind == "arms" else stem.removeprefix(kind).strip("_") or "accuracy"]
+    words = {"metric": metric, "Metric": metric[0].upper() + metric[1:]}
+    title, caption = (text.format(**words) for text in FIGURES[kind])
+    return _picture(data, title, caption, 1 / 1.3)
 
 
 def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
@@ -73,7 +89,7 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         collection=collection,
         groups=_groups(result),
         published_warning=WARNING if any(published(k, len(study.classes)) for k in result.rows) else "",
-        figures=[_picture(drawn[n], TITLES[n], CAPTIONS[n], 1 / 1.3) for n in CAPTIONS if n in drawn],
+        figures=[_figure(name, data) for name, data in drawn.items()],
         intervals=tables.INTERVALS,
         comparisons_note=tables.comparisons_note(result),
         leaks_told=leaks_in_words(collection),
@@ -82,7 +98,8 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         short_header=_without_metric([tables.comparison_header()])[0],
         short_comparisons=_without_metric(tables.comparison_lines(result, study.primary.metric)),
         all_comparisons=tables.comparison_lines(result),
-        best_header=tables.best_header(),
+        best_header=tables.best_header(result) if result.best else [],
+        best_note=tables.best_note(result),
         best=tables.best_lines(result),
         confusion=_confusion(result),
         classes=_classes(result),

@@ -55,7 +55,7 @@ def evaluate(collection: Collection) -> Result:
         collection,
         rows,
         comparisons,
-        best_ratios(evaluator),
+        best_ratios(evaluator, rows),
         primary,
         question,
         answer,
@@ -114,9 +114,16 @@ def count(n: int, word: str, words: str = "") -> str:
     return f"{n:,} {word if n == 1 else words or word + 's'}"
 
 
-def chosen_text(chosen: dict[float, int]) -> str:
-    """`ratio 1: 3 times, ratio 3: 22 times`."""
-    return ", ".join(f"ratio {ratio:g}: {count(n, 'time')}" for ratio, n in chosen.items() if n)
+def cells_text(n: int, left_out: int) -> str:
+    """`9 cells`, or `5 of 9 cells` when some of the plan are left out."""
+    return f"{n} of {count(n + left_out, 'cell')}" if left_out else count(n, "cell")
+
+
+def best_text(best: BestRatio) -> str:
+    """`ratio 1: 3 times, ratio 3: 22 times`, or why no ratio can be chosen."""
+    if best.reason:
+        return f"none can be chosen: {best.reason}"
+    return ", ".join(f"ratio {ratio:g}: {count(n, 'time')}" for ratio, n in best.chosen.items() if n)
 
 
 def verdict(c: Comparison) -> str:
@@ -164,8 +171,7 @@ def answer_in_words(collection: Collection, primary: Comparison, declared: tuple
             within = points(primary.mean_fold_difference, sign=True)
             tail += f"; p tests the mean of the folds' own differences, {within} points"
     if primary.n_left_out:
-        both = count(primary.n_common, "cell")
-        tail += f"; on the {both} (fold and repeat) that both arms have, {primary.n_left_out} left out"
+        tail += f"; on {cells_text(primary.n_common, primary.n_left_out)} (fold and repeat), which both arms have"
     return question, f"{name}: {effect}, {limits}{tail}."
 
 

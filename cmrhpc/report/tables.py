@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 
 from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report.collect import Key
+from cmrhpc.report.compare import Comparison
 from cmrhpc.report.published import WARNING, WARNING_SHORT, Published, published
 from cmrhpc.report.result import (
     METRIC_NAMES,
     NONE,
     Result,
     arm_text,
-    chosen_text,
+    best_text,
+    cells_text,
     count,
     figure_text,
     metric_text,
@@ -24,7 +26,9 @@ from cmrhpc.report.result import (
 
 INTERVALS = (
     "Intervals: 95 %, patients resampled with all their images (bootstrap, expanded percentiles). They cover which "
-    "patients were drawn, not how training would go another time."
+    "patients were drawn, not how training would go another time. A rate less than one patient from 0 or 100 %, and a "
+    "balanced accuracy made of such rates, has the wider of this and exact limits over patients (Clopper-Pearson); "
+    "an AUC close to 1 has no such guard, and on few patients its interval is too narrow there."
 )
 COMPARISONS = (
     "Differences in percentage points (AUC: hundredths) of the pooled values, on the folds that both have. Interval: "
@@ -94,14 +98,16 @@ def comparison_header() -> list[str]:
     ]
 
 
+def limits_text(c: Comparison) -> str:
+    return f"{points(c.low)} to {points(c.high)}" if math.isfinite(c.low) else NONE
+
+
 def comparison_lines(result: Result, metric: str | None = None) -> list[list[str]]:
     """Comparisons as text, the primary first; of one metric, or of all."""
     lines = []
     for c in sorted(result.comparisons, key=lambda c: not c.primary):
         if metric and c.metric != metric and not c.primary:
             continue
-        limits = f"{points(c.low)} to {points(c.high)}" if math.isfinite(c.low) else NONE
-        on = count(c.n_common, "cell") + (f", {c.n_left_out} left out" if c.n_left_out else "")
         patients = c.p_delong if c.metric == "auc" else c.p_mcnemar
         lines.append(
             [
@@ -110,11 +116,11 @@ def comparison_lines(result: Result, metric: str | None = None) -> list[list[str
                 c.versus,
                 METRIC_NAMES[c.metric],
                 points(c.difference, sign=True),
-                limits,
+                limits_text(c),
                 p_text(c.p_corrected_t),
                 p_text(patients),
                 p_text(c.p_holm),
-                on,
+                cells_text(c.n_common, c.n_left_out),
                 ("primary: " if c.primary else "") + verdict(c),
             ]
         )
@@ -124,19 +130,32 @@ def comparison_lines(result: Result, metric: str | None = None) -> list[list[str
 def best_lines(result: Result) -> list[list[str]]:
     return [
         [
-            b.classifier,
-            b.arm,
-            chosen_text(b.chosen),
-            *(metric_text(m, b.pooled.values[m]) for m in METRICS),
-            f"{b.n_common} cells" + (f", {b.n_left_out} left out" if b.n_left_out else ""),
+            *b.row.key[:2],
+            best_text(b),
+            *(figure_text(m, b.row.figures[m]) for m in METRICS),
+            points(b.versus.difference, sign=True) + f" ({limits_text(b.versus)})",
+            p_text(b.versus.p_corrected_t),
+            cells_text(len(b.row.folds), b.row.n_missing),
         ]
         for b in result.best
     ]
 
 
-def best_header() -> list[str]:
+def best_header(result: Result) -> list[str]:
     units = [f"{METRIC_NAMES[m]}{'' if m == 'auc' else ' %'}" for m in METRICS]
-    return ["classifier", "arm", "ratio chosen on validation patients", *units, "rests on"]
+    against = f"{METRIC_NAMES[result.collection.study.primary.metric]} against {result.best[0].versus.versus}, points"
+    return ["classifier", "arm", "ratio chosen on validation patients", *units, against, "p", "rests on"]
+
+
+def best_note(result: Result) -> str:
+    """How the ratio was chosen."""
+    metric = result.collection.study.primary.metric
+    return (
+        f"In each fold and repeat the ratio with the best validation {METRIC_NAMES[metric]}, the primary metric, was "
+        "taken (among equals, or where the validation images lack a class that it needs, the lower validation loss, "
+        "then the smaller ratio), and measured on that fold's test images, which had no part in the choice. Intervals "
+        "as above; these p values are exploratory and not corrected."
+    )
 
 
 # ------------------------------------------------------------------------------------------------- Markdown
@@ -163,11 +182,13 @@ def table_md(result: Result) -> str:
     parts += ["", markdown_text(INTERVALS), ""]
     if any(_published(result, key) for key in result.rows):
         parts += [markdown_text(WARNING), ""]
-    parts += ["## Comparisons", "", *_markdown_table(comparison_header(), comparison_lines(result))]
-    parts += ["", markdown_text(comparisons_note(result)), ""]
+    metric = study.primary.metric
+    parts += [f"## Comparisons: {METRIC_NAMES[metric]}", ""]
+    parts += _markdown_table(comparison_header(), comparison_lines(result, metric))
+    parts += ["", markdown_text(comparisons_note(result)), "", "Those of the other metrics: comparisons.csv.", ""]
     if result.best:
         parts += ["## Best ratio, chosen on validation patients", ""]
-        parts += [*_markdown_table(best_header(), best_lines(result)), ""]
+        parts += [*_markdown_table(best_header(result), best_lines(result)), "", markdown_text(best_note(result)), ""]
     return "\n".join(parts)
 
 
@@ -199,23 +220,41 @@ def tex_text(text: str) -> str:
 
 
 def table_tex(result: Result) -> str:
-    """A tabular to \\input; needs no package. What stands beside each row is `published`."""
-    header = [cell.replace("published acc / sens / spec", "published") for cell in main_header(result)]
+    """A tabular for each classifier, to \\input on a page of A4; needs no package. Two or three lines per arm."""
+    study = result.collection.study
     lines = [
-        f"% {tex_text(result.collection.study.name)}: made by cmrhpc aggregate; \\input it inside a table environment.",
-        f"% {WARNING_SHORT}",
-        rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
-        r"\hline",
-        " & ".join(tex_text(cell) for cell in header) + r" \\",
-        r"\hline",
+        f"% {tex_text(study.name)}: made by cmrhpc aggregate; \\input it. A page may end between two classifiers.",
+        r"{\scriptsize\setlength{\tabcolsep}{3pt}",
     ]
     classifier = ""
-    for row in main_lines(result):
-        if classifier and row[0] != classifier:
-            lines.append(r"\hline")
-        classifier = row[0]
-        lines.append(" & ".join(tex_text(cell) for cell in row) + r" \\")
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+    for key, line in zip(result.rows, main_lines(result), strict=True):
+        if key[0] != classifier:
+            lines += [r"\hline", r"\end{tabular}\par\medskip"] if classifier else []
+            head = [r"acc.\ \%", r"sens.\ \%", r"spec.\ \%", r"bal.\ acc.\ \%", "AUC"]
+            lines += [
+                r"\noindent\begin{tabular}{p{24mm}rrrrrr}",
+                r"\hline",
+                rf"\multicolumn{{7}}{{l}}{{{tex_text(key[0])}}} \\",
+                " & ".join(["arm", "ratio", *head]) + r" \\",
+                r"\hline",
+            ]
+        classifier = key[0]
+        figures = [cell.partition(" (") for cell in line[3:8]]
+        values, limits = [value for value, _, _ in figures], [gap.strip() + rest for _, gap, rest in figures]
+        row, told = result.rows[key], _published(result, key)
+        lack = f"{row.n_missing} of {count(row.n_expected, 'cell')} missing" if row.n_missing else ""
+        texts = [[line[1], line[2], *values], [lack, "", *limits]]
+        if told:
+            texts.append(["published", "", *told.text().split(" / "), "", ""])
+        for one in texts:
+            cells = [tex_text(cell) for cell in one]
+            cells[0] = r"\raggedright " + cells[0].replace("+", r"+\allowbreak{}")
+            lines.append(" & ".join(cells) + r" \\")
+    folds = f"{count(study.folds.k, 'fold')} x {count(study.folds.repeats, 'repeat')}"
+    note = f"On {result.patients_line}; {folds}. {INTERVALS}"
+    if any(_published(result, key) for key in result.rows):
+        note += f" {WARNING_SHORT}"
+    return "\n".join([*lines, r"\hline", r"\end{tabular}\par\smallskip", rf"\noindent {tex_text(note)}\par}}", ""])
 
 
 # ------------------------------------------------------------------------------------------------- terminal

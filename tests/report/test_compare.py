@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from statsmodels.stats.multitest import multipletests
 
 from cmrhpc import plan
 from cmrhpc.measure import statistics
+from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import Cell, Collection, Images, collect
 from cmrhpc.report.compare import compare_all
 from cmrhpc.report.csvfiles import comparison_details_csv
 from cmrhpc.report.evaluate import Evaluator
-from cmrhpc.report.result import evaluate, verdict
-from cmrhpc.report.tables import comparison_lines, table_md
+from cmrhpc.report.result import evaluate, points, verdict
+from cmrhpc.report.tables import best_lines, comparison_lines, table_md
 from tests.report import made
+from tests.report.test_tables import visible_text
 
 
 def test_a_fold_that_one_arm_lacks_is_left_out_of_both(tmp_path: Path) -> None:
@@ -51,7 +54,20 @@ def test_a_fold_that_one_arm_lacks_is_left_out_of_both(tmp_path: Path) -> None:
         - result.rows["resnet50", "none", 0.0].figures["accuracy"].value
     )
     assert found.difference != pytest.approx(plain, abs=1e-6)
-    assert "on the 5 cells (fold and repeat) that both arms have, 1 left out" in result.answer
+    assert "on 5 of 6 cells (fold and repeat), which both arms have" in result.answer
+
+
+def test_a_cell_that_both_arms_lack_is_left_out_as_well(tmp_path: Path) -> None:
+    study = made.study(arms="none dae-gan:1,3")
+    one = made.cohort(study)
+    gone = {("none", 1, 2), ("dae-gan", 1, 2), ("dae-gan", 0, 0)}
+    scores = made.noisy_scores(one.label, 2, {})
+    made.write(tmp_path, study, one, scores, skip=lambda t: (t.arm, t.repeat, t.fold) in gone)
+    result = evaluate(collect(tmp_path))
+    assert (result.primary.n_common, result.primary.n_left_out) == (4, 2)
+    assert "on 4 of 6 cells" in result.answer
+    assert {line[9] for line in comparison_lines(result)} == {"4 of 6 cells"}
+    assert [line[-1] for line in best_lines(result)] == ["4 of 6 cells"]
 
 
 def test_the_corrected_t_of_a_comparison_is_that_of_its_folds(tmp_path: Path) -> None:
@@ -197,12 +213,90 @@ def test_best_ratio_is_chosen_on_validation_and_measured_on_test(tmp_path: Path)
     made.write(tmp_path, study, one, scores)
     result = evaluate(collect(tmp_path))
     (best,) = result.best
-    assert (best.arm, best.chosen, best.n_common) == ("dae-gan", {0.0: 0, 1.0: 3, 3.0: 3}, 6)
-    assert best.pooled.values["accuracy"] == pytest.approx(0.5, abs=1e-12)  # repeat 0 is all wrong, repeat 1 all right
+    assert (best.row.key[1], best.chosen, len(best.row.folds)) == ("dae-gan", {0.0: 0, 1.0: 3, 3.0: 3}, 6)
+    found = best.row.figures["accuracy"]
+    assert found.value == pytest.approx(0.5, abs=1e-12)  # repeat 0 is all wrong, repeat 1 all right
     assert result.rows["resnet50", "dae-gan", 3.0].figures["accuracy"].value == 1.0
 
 
+def test_best_ratio_has_an_interval_and_is_compared_with_none(tmp_path: Path) -> None:
+    """On validation ratio 3 is always best, so its row and its difference must come out again."""
+    study = made.study(primary='arm = "dae-gan"\nratio = 3\nmetric = "balanced_accuracy"')
+    one = made.cohort(study)
+    noisy = made.noisy_scores(one.label, 2, {})
+
+    def scores(task, rows):
+        if not one.split[task.repeat, task.fold][1][rows].all():
+            return noisy(task, rows)
+        right = np.eye(2)[one.label[rows]] * 0.8 + 0.1
+        return right if task.ratio == 3 else 1 - right
+
+    made.write(tmp_path, study, one, scores)
+    result = aggregate(tmp_path).result
+    (best,) = result.best
+    assert best.chosen == {0.0: 0, 1.0: 0, 3.0: 6}
+    assert best.row.figures == result.rows["resnet50", "dae-gan", 3.0].figures
+    names = ("difference", "low", "high", "p_corrected_t", "n_common")
+    assert [getattr(best.versus, n) for n in names] == [getattr(result.primary, n) for n in names]
+    (told,) = csv.DictReader((tmp_path / "report" / "best_ratio.csv").read_text().splitlines())
+    assert (told["versus"], told["metric"]) == ("none", "balanced_accuracy")
+    assert float(told["difference_low"]) == result.primary.low
+    low, high = (100 * float(told[f"balanced_accuracy_{end}"]) for end in ("low", "high"))
+    difference = points(result.primary.difference, sign=True)
+    for name in ("index.html", "table.md"):
+        text = visible_text((tmp_path / "report" / name).read_text())
+        assert re.search(rf"ratio 3: 6 times.*\({low:.1f}–{high:.1f}\)", text)
+        assert f"{difference} ({points(result.primary.low)} to {points(result.primary.high)})" in text
+        assert "best validation balanced accuracy, the primary metric" in text
+
+
+def test_a_best_ratio_that_cannot_be_chosen_is_listed_with_the_reason(tmp_path: Path) -> None:
+    study = made.study()
+    one = made.cohort(study)
+    scores = made.noisy_scores(one.label, 2, {})
+    made.write(tmp_path, study, one, scores, skip=lambda t: (t.arm, t.ratio) == ("dae-gan", 1))
+    aggregate(tmp_path)
+    for name in ("index.html", "table.md", "best_ratio.csv"):
+        assert "none can be chosen: no cell of ratio 1" in (tmp_path / "report" / name).read_text()
+
+
+def test_the_ratio_is_chosen_by_the_primary_metric(tmp_path: Path) -> None:
+    """Ratio 1 calls all diseased, which is right more often; ratio 3 calls all normal.
+
+    Where no validation patient is normal specificity is undefined, and the lower loss is that of ratio 1.
+    """
+    for metric in ("accuracy", "specificity"):
+        root = tmp_path / metric
+        study = made.study(arms="none dae-gan:1,3", primary=f'arm = "dae-gan"\nratio = 3\nmetric = "{metric}"')
+        one = made.cohort(study, patients=(6, 30))
+        calls = {0.0: [0.3, 0.7], 1.0: [0.3, 0.7], 3.0: [0.7, 0.3]}
+        made.write(root, study, one, lambda task, rows, calls=calls: np.tile(calls[task.ratio], (len(rows), 1)))
+        (best,) = evaluate(collect(root)).best
+        normal = sum((one.label[validation] == 0).any() for _, validation, _ in one.split.values())
+        assert 0 < normal < 6
+        assert best.chosen == ({1.0: 6, 3.0: 0} if metric == "accuracy" else {1.0: 6 - normal, 3.0: normal})
+
+
+def test_the_primary_metric_is_drawn_as_well_as_accuracy(tmp_path: Path) -> None:
+    """Specificity is undefined in some folds; its figures are drawn all the same."""
+    study = made.study(primary='arm = "dae-gan"\nratio = 3\nmetric = "specificity"', k=5)
+    one = made.cohort(study, patients=(3, 12))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    page = aggregate(tmp_path).page.read_text()
+    names = {path.name for path in (tmp_path / "report" / "figures").glob("*.png")}
+    for kind in ("ratio_curve", "folds"):
+        assert {f"{kind}.png", f"{kind}_specificity.png"} <= names
+    assert {"accuracy.png", "specificity.png"} <= names
+    headings = [page.index(f"<h3>{title}</h3>") for title in ("Specificity per arm", "Accuracy per arm")]
+    assert headings == sorted(headings)
+    assert "<h3>Fold by fold: specificity</h3>" in page
+
+
 # ----------------------------------------------------------------------- simulation of the whole comparison
+
+
+SHARED = {"hard": 0.6, "suits": 0.5, "image": 0.3, "went": 0.2, "noise": 0.2}  # standard deviations of the margin
+BASE = 0.7  # margin of the arm none; above 0 an image is read rightly
 
 
 def simulated(seed: int, effect: float) -> Collection:
@@ -216,8 +310,8 @@ def simulated(seed: int, effect: float) -> Collection:
     of_patient = np.repeat([0, 1], [12, 28])
     patient = np.repeat(np.arange(40), 4)
     label, sign = of_patient[patient], 2 * of_patient[patient] - 1
-    hard, suits = rng.normal(0, 0.6, 40), rng.normal(0, 0.5, (2, 40))
-    image = rng.normal(0, 0.3, 160)
+    hard, suits = rng.normal(0, SHARED["hard"], 40), rng.normal(0, SHARED["suits"], (2, 40))
+    image = rng.normal(0, SHARED["image"], 160)
     cells: dict = {}
     for repeat in range(2):
         fold_of = np.empty(40, int)
@@ -228,12 +322,13 @@ def simulated(seed: int, effect: float) -> Collection:
             rows = np.flatnonzero(fold_of[patient] == fold)
             images = Images(rows, label[rows], patient[rows])
             for a, arm in enumerate(("none", "dae-gan")):
-                went = rng.normal(0, 0.2)
-                margin = 0.7 + a * effect + went + hard[patient] + suits[a, patient] + image + rng.normal(0, 0.2, 160)
+                went, noise = rng.normal(0, SHARED["went"]), rng.normal(0, SHARED["noise"], 160)
+                margin = BASE + a * effect + went + hard[patient] + suits[a, patient] + image + noise
                 p = 1 / (1 + np.exp(-(margin * sign)[rows]))
                 task = plan.Task("classify", repeat, fold, arm=arm, ratio=3.0 * a, classifier="resnet50")
                 nothing = (np.zeros(0, np.int64), np.zeros((0, 2)))
-                cell = Cell(task, None, images, np.c_[1 - p, p], 160 - len(rows), *nothing, 0)  # type: ignore[arg-type]
+                n_train = round(0.8 * (160 - len(rows)))  # a fifth is for validation
+                cell = Cell(task, None, images, np.c_[1 - p, p], n_train, *nothing, 0)  # type: ignore[arg-type]
                 cells.setdefault(("resnet50", arm, 3.0 * a), {})[repeat, fold] = cell
     names = [f"p{i}" for i in range(40)]
     ids = np.array([f"r{i}".encode() for i in range(160)])
@@ -254,7 +349,11 @@ def compared(seed: int, effect: float):
 
 
 def test_no_effect_is_called_an_effect_no_more_often_than_claimed() -> None:
-    """200 studies without effect. Per image, McNemar calls far more than the 5 % it claims."""
+    """200 studies without effect. Per image, McNemar calls far more than the 5 % it claims.
+
+    The comparison claims at most 5 % and calls fewer: these arms differ less from fold to fold than the correction
+    allows for, and p and interval must agree.
+    """
     called, naive = [], []
     for seed in range(200):
         primary, _, collection = compared(seed, effect=0.0)
@@ -267,17 +366,50 @@ def test_no_effect_is_called_an_effect_no_more_often_than_claimed() -> None:
     assert np.mean(naive) > 0.3
 
 
+def moments(effect: float) -> tuple[float, float, float]:
+    """Of one fold of 8 patients with 4 images: mean of the difference of accuracy, its variance, and its covariance with
+    all folds of the other repeat together; from the normal law of the margins, without drawing anything."""
+    variance = {name: sd**2 for name, sd in SHARED.items()}
+    total = sum(variance.values())
+    means = np.array([BASE, BASE + effect])
+    rate = stats.norm.cdf(means / math.sqrt(total))
+
+    def covariance(arm: int, other: int, *shared: str) -> float:
+        """Of two images read rightly, one by each arm, whose margins share what is named."""
+        c = sum(variance[name] for name in shared if arm == other or name in ("hard", "image"))
+        both = stats.multivariate_normal(means[[arm, other]], [[total, c], [c, total]], allow_singular=True).cdf
+        # P(both margins > 0) of a bivariate normal is the same as P(both < 0) with the means turned round.
+        return float(both([2 * means[arm], 2 * means[other]]) - rate[arm] * rate[other])
+
+    def of_difference(*shared: str) -> float:
+        return covariance(1, 1, *shared) + covariance(0, 0, *shared) - 2 * covariance(0, 1, *shared)
+
+    images, patients = 4, 8
+    n = images * patients
+    same = of_difference("hard", "suits", "image", "went", "noise")
+    near = of_difference("hard", "suits", "went")
+    far = of_difference("went")
+    one_fold = (same + (images - 1) * near + (n - images) * far) / n
+    again = (of_difference("hard", "suits", "image") + (images - 1) * of_difference("hard", "suits")) / n
+    return float(rate[1] - rate[0]), one_fold, again
+
+
 def test_a_planted_effect_is_found_with_the_power_of_theory() -> None:
-    """Power of the corrected t on J nearly independent differences: noncentral t, shrunk by the correction."""
-    found, means, spreads, j = [], [], [], 10
-    for seed in range(120):
-        primary, differences, _ = compared(1000 + seed, effect=1.1)
+    """Mean m and variance V of the mean difference follow from how the studies are made. Its estimate s^2 has the mean
+    J / (J - 1) (variance of a fold - V), so t is nearly sqrt(V / (s^2 (1/J + rho))) times a noncentral t about m / sqrt(V).
+    """
+    j, rho, effect, studies = 10, 0.25 / 0.8, 0.8, 150
+    mean, one_fold, again = moments(effect)
+    of_mean = (j * one_fold + j * again) / j**2  # every fold overlaps with all of the other repeat together once
+    spread = (one_fold - of_mean) * j / (j - 1)
+    ratio = math.sqrt(of_mean / (spread * (1 / j + rho)))
+    expected = stats.nct.sf(stats.t.ppf(0.975, j - 1) / ratio, j - 1, mean / math.sqrt(of_mean))
+    assert 0.3 < expected < 0.95
+    found, means = [], []
+    for seed in range(studies):
+        primary, differences, _ = compared(1000 + seed, effect)
         found.append(primary.p_corrected_t < 0.05)
         means.append(differences.mean())
-        spreads.append(differences.var(ddof=1))
-    # Theory: t = T sqrt((1/J) / (1/J + rho)) where T is noncentral with the true variance of the mean.
-    shrink = math.sqrt((1 / j) / (1 / j + 0.25))
-    centre = np.mean(means) / np.std(means, ddof=1) * math.sqrt(np.var(means, ddof=1) / (np.mean(spreads) / j))
-    expected = stats.nct.sf(stats.t.ppf(0.975, j - 1) / shrink, j - 1, centre)
-    assert 0.3 < expected < 0.99
-    assert np.mean(found) == pytest.approx(expected, abs=0.15)
+    assert np.mean(means) == pytest.approx(mean, abs=4 * math.sqrt(of_mean / studies))
+    assert np.var(means, ddof=1) == pytest.approx(of_mean, rel=0.4)
+    assert np.mean(found) == pytest.approx(expected, abs=0.1)

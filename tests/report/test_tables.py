@@ -189,8 +189,12 @@ def test_page_csv_markdown_and_latex_agree(report: AggregateResult) -> None:
                 cells.append("–")
         assert start + " ".join(cells) in page
         assert f"| {row['classifier']} | {row['arm']} | {float(row['ratio']):g} | {' | '.join(cells)} |" in markdown
-        line = f"{row['classifier']} & {row['arm']} & {float(row['ratio']):g} & {' & '.join(cells)} &"
-        assert line.replace("–", "--") in latex
+        values, limits = ([cell.partition(" ")[i] for cell in cells] for i in (0, 2))
+        arm = row["arm"].replace("+", "+\\allowbreak{}")
+        assert (
+            f"\\raggedright {arm} & {float(row['ratio']):g} & {' & '.join(values)} \\\\\n".replace("–", "--") in latex
+        )
+        assert f" &  & {' & '.join(limits)} \\\\\n".replace("–", "--") in latex
         assert re.search(re.escape(row["arm"]) + r" .*" + re.escape(cells[0].replace("–", "-")), terminal)
     for row in read_csv(report.folder / "comparisons.csv"):
         if row["metric"] != "accuracy" or not row["difference"]:
@@ -204,11 +208,11 @@ def test_page_csv_markdown_and_latex_agree(report: AggregateResult) -> None:
 def test_latex_is_balanced_and_escaped(report: AggregateResult) -> None:
     latex = (report.folder / "table.tex").read_text()
     body = [line for line in latex.splitlines() if not line.startswith("%")]
-    assert body[0] == r"\begin{tabular}{ll" + "r" * 9 + "}"
-    assert body[-1] == r"\end{tabular}"
+    assert [line for line in body if "begin{" in line] == [r"\noindent\begin{tabular}{p{24mm}rrrrrr}"] * 2
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
     rows = [line for line in body if line.endswith(r"\\")]
-    assert len(rows) == 1 + 14
-    assert {line.count("&") for line in rows} == {10}
+    assert len(rows) == 2 * (2 + 2 * 7 + 4)  # two lines of head, two lines per arm, four of them with published figures
+    assert {line.count("&") for line in rows if "multicolumn" not in line} == {6}
     assert not re.search(r"(?<!\\)[%#_]", "\n".join(body))
     assert latex.isascii()
     assert tables.tex_text(r"a_b & 50% {\x} #1 $2 ~^ <é> 心") == (
@@ -216,11 +220,13 @@ def test_latex_is_balanced_and_escaped(report: AggregateResult) -> None:
     )
 
 
-def test_latex_compiles(report: AggregateResult, tmp_path: Path) -> None:
+def test_latex_compiles_within_the_text_width_of_a4(report: AggregateResult, tmp_path: Path) -> None:
     if not shutil.which("pdflatex"):
         pytest.skip("no LaTeX on this machine")
     text = (report.folder / "table.tex").read_text() + tables.tex_text('\\ & % $ # _ { } ~ ^ < > – " | é 心')
-    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\begin{{document}}\tiny {text}\end{{document}}")
+    (tmp_path / "t.tex").write_text(
+        rf"\documentclass[a4paper]{{article}}\begin{{document}}{text}\typeout{{END}}\end{{document}}"
+    )
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "t.tex"],
         cwd=tmp_path,
@@ -230,6 +236,17 @@ def test_latex_compiles(report: AggregateResult, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert not re.search(r"^!", done.stdout, flags=re.M)
+    assert "Overfull" not in done.stdout
+
+
+def test_the_printed_latex_tells_patients_intervals_and_what_published_means(report: AggregateResult) -> None:
+    printed = "\n".join(x for x in (report.folder / "table.tex").read_text().splitlines() if not x.startswith("%"))
+    assert "On 9 normal patients" in printed
+    assert r"Intervals: 95 \%, patients resampled" in printed
+    assert "those that print all three fail the accuracy identity" in printed
+    assert r"\raggedright published &  & 77.67 & 96.74 & 69.64 &  &  \\" in printed
+    assert r"\raggedright published &  & 86.1 & -- & -- &  &  \\" in printed
+    assert r"\raggedright 1 of 6 cells missing & " in printed
 
 
 def test_markdown_renders_as_tables(report: AggregateResult) -> None:
@@ -243,8 +260,10 @@ def test_markdown_renders_as_tables(report: AggregateResult) -> None:
     rendered = markdown_it.MarkdownIt("commonmark").enable("table").render(text)
     parts = rendered.split("<table>")[1:]
     rows = [[len(re.findall(r"<t[hd]", row)) for row in part.split("<tr>")[1:]] for part in parts]
-    comparisons = len(report.result.comparisons)
-    assert rows == [[11] * 15, [11] * (1 + comparisons), [9] * (1 + len(report.result.best)), [1, 1]]
+    comparisons = sum(c.metric == "accuracy" for c in report.result.comparisons)  # the primary metric
+    assert comparisons * 5 == len(report.result.comparisons)
+    assert "Those of the other metrics: comparisons.csv." in rendered
+    assert rows == [[11] * 15, [11] * (1 + comparisons), [11] * (1 + len(report.result.best)), [1, 1]]
     assert "<td>x|y &lt;b&gt;*z*&lt;/b&gt;</td>" in parts[-1]
 
 
@@ -291,13 +310,42 @@ def test_planted_truth_comes_out(tmp_path: Path) -> None:
     # All patients right: no resample differs, so the limits are exact ones over 20, 10 and 10 patients.
     assert float(gan["accuracy_low"]) == pytest.approx(0.025 ** (1 / 20), abs=1e-12)
     assert float(gan["sensitivity_low"]) == pytest.approx(0.025 ** (1 / 10), abs=1e-12)
-    assert (gan["balanced_accuracy_low"], gan["auc_low"]) == ("", "")
+    ten = 0.025 ** (1 / 10)
+    assert float(gan["balanced_accuracy_low"]) == pytest.approx(1 - math.hypot(1 - ten, 1 - ten) / 2, abs=1e-12)
+    assert (gan["balanced_accuracy_high"], gan["auc_low"], gan["auc_high"]) == ("1.0", "", "")
     comparison = next(c for c in read_csv(tmp_path / "report" / "comparisons.csv") if c["metric"] == "accuracy")
     assert float(comparison["difference"]) == pytest.approx(0.25, abs=1e-12)
     assert float(comparison["p_mcnemar"]) == pytest.approx(2 / 2**5, abs=1e-12)
     assert comparison["p_holm"] == ""
     details = read_csv(tmp_path / "report" / "comparison_details.csv")[0]
     assert (details["role"], details["only_arm_right"], details["only_versus_right"]) == ("primary", "5", "0")
+
+
+def test_a_rate_next_to_0_or_1_has_no_narrower_interval_than_one_that_is_there(tmp_path: Path) -> None:
+    """6 normal patients with 20 images each, one of the 120 called normal: specificity 0.8 % is as good as 0 %."""
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study, patients=(6, 24), images=1)
+    rows = np.r_[np.repeat(np.arange(6), 20), np.arange(6, 30)]
+    one.patient, one.label = one.patient[rows], one.label[rows]
+    one.split = {key: tuple(mask[rows] for mask in masks) for key, masks in one.split.items()}
+    one.ids = np.array([f"r{i + 1:06d}" for i in range(len(rows))])
+
+    def scores(task, rows):
+        p = np.where((rows == 0) & (task.arm == "dae-gan"), 0.1, 0.9)
+        return np.c_[1 - p, p]
+
+    made.write(tmp_path, study, one, scores)
+    none, gan = evaluate(collect(tmp_path)).rows.values()
+    limits = {row.key[1]: {m: (f.low, f.high) for m, f in row.figures.items()} for row in (none, gan)}
+    assert none.figures["specificity"].value == 0
+    assert gan.figures["specificity"].value == pytest.approx(1 / 120)
+    exact = (0.0, pytest.approx(1 - 0.025 ** (1 / 6), abs=1e-12))
+    assert limits["none"]["specificity"] == limits["dae-gan"]["specificity"] == exact
+    # Balanced accuracy: the mean of two rates of different patients, each with its own limits.
+    expected = (0.5 - (1 - 0.025 ** (1 / 24)) / 2, 0.5 + (1 - 0.025 ** (1 / 6)) / 2)
+    assert limits["none"]["balanced_accuracy"] == pytest.approx(expected, abs=1e-12)
+    assert limits["dae-gan"]["balanced_accuracy"][1] > 0.72
+    assert figure_text("specificity", gan.figures["specificity"]) == "0.8 (0.0–45.9)"
 
 
 def test_equal_scores_count_as_the_negative_class(tmp_path: Path) -> None:
