@@ -174,7 +174,10 @@ def test_one_primary_and_holm_over_the_others_of_a_classifier_and_metric(tmp_pat
     study = made.study(classifiers="resnet50 xception", primary='arm = "dae-gan"\nratio = 1\nversus = "affine"')
     one = made.cohort(study)
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {"none": 0.1, "dae-gan": 1.5}))
-    found = evaluate(collect(tmp_path)).comparisons
+    result = evaluate(collect(tmp_path))
+    found = result.comparisons
+    assert any(c.excludes_zero and c.p_corrected_t < 0.05 <= c.p_holm for c in found)
+    assert "an interval without 0 may stand beside the reading that an exploratory difference" in table_md(result)
     pairs = {(c.key[1], c.key[2], c.versus) for c in found}
     assert pairs == {("affine", 0.0, "none"), *(("dae-gan", r, v) for r in (1.0, 3.0) for v in ("none", "affine"))}
     assert [(c.key, c.versus, c.metric) for c in found if c.primary] == [
@@ -367,8 +370,8 @@ def test_no_effect_is_called_an_effect_no_more_often_than_claimed() -> None:
 
 
 def moments(effect: float) -> tuple[float, float, float]:
-    """Of one fold of 8 patients with 4 images: mean of the difference of accuracy, its variance, and its covariance with
-    all folds of the other repeat together; from the normal law of the margins, without drawing anything."""
+    """Of the difference of accuracy in a fold of 8 patients, 4 images each: mean, variance, covariance with all folds
+    of the other repeat together. From the normal law of the margins; nothing is drawn."""
     variance = {name: sd**2 for name, sd in SHARED.items()}
     total = sum(variance.values())
     means = np.array([BASE, BASE + effect])
@@ -377,9 +380,8 @@ def moments(effect: float) -> tuple[float, float, float]:
     def covariance(arm: int, other: int, *shared: str) -> float:
         """Of two images read rightly, one by each arm, whose margins share what is named."""
         c = sum(variance[name] for name in shared if arm == other or name in ("hard", "image"))
-        both = stats.multivariate_normal(means[[arm, other]], [[total, c], [c, total]], allow_singular=True).cdf
-        # P(both margins > 0) of a bivariate normal is the same as P(both < 0) with the means turned round.
-        return float(both([2 * means[arm], 2 * means[other]]) - rate[arm] * rate[other])
+        both = stats.multivariate_normal([0, 0], [[total, c], [c, total]], allow_singular=True).cdf(means[[arm, other]])
+        return float(both - rate[arm] * rate[other])
 
     def of_difference(*shared: str) -> float:
         return covariance(1, 1, *shared) + covariance(0, 0, *shared) - 2 * covariance(0, 1, *shared)
@@ -395,10 +397,9 @@ def moments(effect: float) -> tuple[float, float, float]:
 
 
 def test_a_planted_effect_is_found_with_the_power_of_theory() -> None:
-    """Mean m and variance V of the mean difference follow from how the studies are made. Its estimate s^2 has the mean
-    J / (J - 1) (variance of a fold - V), so t is nearly sqrt(V / (s^2 (1/J + rho))) times a noncentral t about m / sqrt(V).
-    """
-    j, rho, effect, studies = 10, 0.25 / 0.8, 0.8, 150
+    """Mean m and variance V of the mean difference follow from how the studies are made, and so does the expected s^2
+    of the folds, J / (J - 1) (variance of a fold - V): t is nearly a noncentral t about m / sqrt(V), shrunk."""
+    j, rho, effect, studies = 10, 0.25 / 0.8, 1.1, 150
     mean, one_fold, again = moments(effect)
     of_mean = (j * one_fold + j * again) / j**2  # every fold overlaps with all of the other repeat together once
     spread = (one_fold - of_mean) * j / (j - 1)
