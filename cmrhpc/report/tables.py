@@ -133,7 +133,7 @@ def best_lines(result: Result) -> list[list[str]]:
             *b.row.key[:2],
             best_text(b),
             *(figure_text(m, b.row.figures[m]) for m in METRICS),
-            points(b.versus.difference, sign=True) + f" ({limits_text(b.versus)})",
+            points(b.versus.difference, sign=True) + (f" ({limits_text(b.versus)})" if b.versus.n_common else ""),
             p_text(b.versus.p_corrected_t),
             cells_text(len(b.row.folds), b.row.n_missing),
         ]
