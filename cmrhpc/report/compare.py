@@ -55,7 +55,7 @@ class Comparison:
     @property
     def distinguishable(self) -> bool:
         """Both the deciding p value and the interval speak against no effect."""
-        return self.deciding_p < LEVEL and self.excludes_zero
+        return self.deciding_p < LEVEL and self.excludes_zero and not self.interval_disagrees
 
     @property
     def excludes_zero(self) -> bool:
@@ -64,9 +64,15 @@ class Comparison:
 
     @property
     def interval_disagrees(self) -> bool:
-        """The interval and p, neither corrected for how many comparisons there are, say different things."""
-        both = np.isfinite(self.low) and np.isfinite(self.p_corrected_t)
-        return bool(both and (self.p_corrected_t < LEVEL) != self.excludes_zero)
+        """The interval and p, neither corrected for how many comparisons there are, say different things.
+
+        So they do too when both speak against no effect, but in opposite directions.
+        """
+        if not (np.isfinite(self.low) and np.isfinite(self.p_corrected_t)):
+            return False
+        against = self.p_corrected_t < LEVEL
+        opposite = against and self.difference * self.mean_fold_difference < 0
+        return bool(against != self.excludes_zero or opposite)
 
 
 @dataclass(frozen=True)

@@ -95,18 +95,20 @@ def test_an_interval_of_two_folds_is_wide_and_stays_within_what_a_difference_can
 
 
 def test_an_interval_of_a_rate_rests_on_the_patients_of_its_class(tmp_path: Path) -> None:
-    """6 of 30 patients are normal: the bootstrap interval of specificity is widened for 6, as in the table's rows."""
-    study = made.study(arms="none affine dae-gan:3", primary='arm = "dae-gan"\nratio = 3\nmetric = "specificity"')
-    one = made.cohort(study, patients=(6, 24))
-    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    """6 of 30 tested patients are normal: the bootstrap interval of specificity is widened for 6, as in a row.
+
+    One fold alone, so that there is no t interval beside it.
+    """
+    study = made.study(arms="none affine dae-gan:3", k=2)
+    one = made.cohort(study, patients=(12, 48))
+    scores = made.noisy_scores(one.label, 2, {})
+    made.write(tmp_path, study, one, scores, skip=lambda task: (task.repeat, task.fold) != (0, 0))
     evaluator = Evaluator(collect(tmp_path))
     rows = {key: evaluator.row(key) for key in evaluator.collection.keys}
     for metric, n in (("accuracy", 30), ("sensitivity", 24), ("specificity", 6), ("balanced_accuracy", 6), ("auc", 6)):
         for c in (c for c in compare_all(evaluator, rows) if c.metric == metric):
             drawn = rows[c.key].drawn[metric] - rows["resnet50", c.versus, 0.0].drawn[metric]
-            low, high = statistics.interval(drawn, n)
-            assert c.low <= max(low, -1) + 1e-12
-            assert c.high >= min(high, 1) - 1e-12
+            assert (c.low, c.high) == pytest.approx(np.clip(statistics.interval(drawn, n), -1, 1).tolist(), abs=1e-12)
 
 
 def offset_scores(one: made.Cohort):
@@ -135,6 +137,10 @@ def test_the_answer_says_what_p_tests_and_that_it_disagrees_with_the_interval(tm
         "; not distinguishable from no effect; interval and p disagree (p = 1.000); "
         "p tests the mean of the folds' own differences, 0.0 points."
     )
+    # Both against no effect, in opposite directions: neither better nor worse.
+    assert verdict(replace(primary, p_corrected_t=0.01, mean_fold_difference=-0.1)).endswith("no effect: worse")
+    turned = verdict(replace(primary, p_corrected_t=0.01, mean_fold_difference=0.1))
+    assert turned == "not distinguishable from no effect; interval and p disagree"
     lines = list(csv.DictReader(comparison_details_csv(result).splitlines()))
     told = next(line for line in lines if line["role"] == "primary")
     assert (float(told["mean_fold_difference"]), told["n_tested"]) == (pytest.approx(0, abs=1e-12), "10")
