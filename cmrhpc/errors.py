@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text without control characters but line breaks: a name or a record cannot give the terminal commands."""
+    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
+
+
 class CmrhpcError(Exception):
     """Base of every error that is reported as one message and never as a traceback.
 
@@ -18,7 +23,7 @@ class CmrhpcError(Exception):
 
     def for_a_person(self) -> str:
         """All of it."""
-        return f"{self}\n  found: {self.found}" if self.found else str(self)
+        return printable(f"{self}\n  found: {self.found}") if self.found else str(self)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -26,7 +31,7 @@ class CmrhpcError(Exception):
             lines.append(f"  where: {self.where}")
         if self.mend:
             lines.append(f"  mend:  {self.mend}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 class UsageError(CmrhpcError):

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+from cmrhpc.errors import printable
 from cmrhpc.launch.status import FAILED, RUNNING, WAITING, Status, TaskStatus, status
 from cmrhpc.workspace import Workspace
 
@@ -44,12 +45,7 @@ def as_text(found: Status) -> str:
             lines.append(f"... and {sum(len(tasks) for _, _, tasks in groups[LINES:])} more")
     if found.slurm:
         lines.append(found.slurm)
-    return "\n".join(map(printable, lines))
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would take for a command: reasons and names come from files that anybody may write."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable("\n".join(lines))
 
 
 def _small(hours: float) -> str:

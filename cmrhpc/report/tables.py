@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from cmrhpc.errors import printable
 from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report.collect import Key
 from cmrhpc.report.compare import Comparison
@@ -280,8 +281,3 @@ def summary_text(result: Result) -> str:
     parts = [aligned(header), *(aligned(line) for line in lines), "", result.question, result.answer]
     parts += [f"on {result.patients_line}", *(f"! {warning}" for warning in result.warnings)]
     return printable("\n".join(parts))
-
-
-def printable(text: str) -> str:
-    """Text without control characters but line breaks: a name cannot move the terminal's cursor."""
-    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
