@@ -22,7 +22,7 @@ def aggregate_folder(root: Path) -> AggregateResult:
         return aggregate(Path(root))
     workspace = Workspace(root)
     path = workspace.path(REPORT)
-    result = aggregate(Path(root), begin=lambda: seal.begin(path))
+    result = aggregate(workspace.root, begin=lambda: seal.begin(path))
     cells = (cell for row in result.result.collection.cells.values() for cell in row.values())
     judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
     seal.write(path, report_sources(judge), result.files)

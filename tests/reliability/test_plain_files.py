@@ -131,6 +131,17 @@ def test_nothing_is_removed_behind_a_link_or_from_raw_folders(fresh: Path, tmp_p
     assert os.listdir(root / "logs") == []
 
 
+def test_a_report_behind_a_link_is_left_as_it_is(copied: Path, tmp_path: Path) -> None:
+    (copied / "report").rename(tmp_path / "mine")
+    (copied / "report").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine/classes.csv").write_text("of another study")
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
+    code, text = said_by("aggregate", os.path.relpath(copied))
+    assert code == 3
+    assert "leads out of the workspace" in text
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")} == there
+
+
 def test_only_checkpoints_are_cleared_and_a_folder_among_them_stops_nothing(fresh: Path, tmp_path: Path) -> None:
     workspace = Workspace(copy_of(fresh, tmp_path / "w"))
     task = workspace.tasks("synthesize")[0]
