@@ -23,6 +23,7 @@ from cmrhpc.errors import (
     Damage,
     Incomplete,
     UsageError,
+    printable,
 )
 from cmrhpc.near import did_you_mean
 from cmrhpc.signals import Stopped, held, stopping_at_once
@@ -199,7 +200,7 @@ def verify(args: argparse.Namespace) -> int:
         print(json.dumps({key: getattr(result, key) for key in keys}))
     elif result.shards or result.damaged:
         for line in result.damaged + result.leaks + result.out_of_date:
-            print(line)
+            print(printable(line))
         print(f"{result.files} files and {result.shards} shards checked; {result.missing} tasks are not done yet")
         if result.leaks_unchecked:
             print(f"leaks could not be looked for: {result.leaks_unchecked}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Text without control characters but line breaks: a name or a record cannot give the terminal commands."""
-    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
+    """Control characters but line breaks written out (\\x1b): a name or a record gives the terminal no commands."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class CmrhpcError(Exception):

@@ -76,7 +76,7 @@ def test_planning_needs_no_torch(tmp_path: Path, study_text: str) -> None:
         ),
         (["run", "ws", "--jobs", "-1"], 2, "'-1' is no whole number from 1 up"),
         (["plan", "nowhere"], 3, "no study.toml"),
-        (["plan", "no\x1b[2Jwhere"], 3, "no?[2Jwhere"),
+        (["plan", "no\x1b[2Jwhere"], 3, "no\\x1b[2Jwhere"),
         (["init", "ws", "--study", "demo2", "--raw", "."], 3, "shipped studies: demo, fu2021"),
         (["init", "ws", "--study", "demo", "--raw", "nowhere"], 3, "no such raw folder"),
         (["init", "ws", "--study", "demo", "--raw", ".", "--column", "patient"], 2, "OURS=THEIRS"),

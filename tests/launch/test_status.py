@@ -337,7 +337,7 @@ def test_a_reason_gives_the_terminal_no_commands(workspace: Workspace) -> None:
     note(workspace, Record(records.FAILED, reason.partition("\r")[0], files.host_name(), 17, "1", time.time()))
     note(workspace, Record(records.RUNNING, "", f"{reason}\ndone", 17, "1", time.time()), 2)
     text = as_text(status(workspace))
-    assert "?]0;pwned? out" in text
+    assert r"\x1b]0;pwned\x07 out" in text
     assert all(c.isprintable() or c == "\n" for c in text)
     assert len(text.splitlines()) == len(text.split("\n"))
     assert "é" in text
