@@ -191,13 +191,19 @@ def test_what_has_the_name_of_a_shard_and_is_none_is_named(copied: Path) -> None
 
 
 def test_a_file_name_that_is_no_text_stops_nothing(copied: Path) -> None:
-    with open(os.fsencode(copied) + b"/synthetic/\xff.h5", "wb") as stream:
-        stream.write(b"no shard")
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    moved = os.fsencode(copied) + b"\xff"
+    os.rename(copied, moved)
+    done = subprocess.run(command("run", os.fsdecode(moved)), capture_output=True, text=True, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert "report page: " in done.stdout
+    os.rename(moved, copied)
+    with open(os.fsencode(copied) + b"/synthetic/\x1b]0;\xff.h5", "wb") as stream:
+        stream.write(b"no shard")
     done = subprocess.run(command("verify", copied), capture_output=True, text=True, env=strict)
     assert done.returncode == 5
     assert "Traceback" not in done.stderr
-    assert "synthetic/\\udcff.h5: shard not a shard of cmrhpc" in done.stdout
+    assert "synthetic/\\x1b]0;\\udcff.h5: shard not a shard of cmrhpc" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------ task lists
