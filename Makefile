@@ -10,7 +10,7 @@ DEMO   := runs/demo
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[dev]'
 	touch $(READY)
 
 # The main job on a simulated cohort. Run it again: what is done is not done again.

@@ -360,7 +360,7 @@ def _run_verb(arguments: list[str], is_script: bool) -> int:
         if debug:
             raise
         # What `task` says goes to a log of the workspace.
-        told = str(error) if "task" in arguments[:1] else error.for_a_person()
+        told = str(error) if arguments[:1] == ["task"] else error.for_a_person()
         print(f"cmrhpc: {told}", file=sys.stderr)
         return error.exit_code
     except (OSError, MemoryError) as error:

@@ -361,9 +361,12 @@ class Judge:
 
         data = self.study.data
         try:
-            rows = read_table(self.workspace.raw, data.table, data.columns, check_files=False)
+            rows = read_table(self.workspace.raw, data.table, data.columns)  # no link that leads out is followed
+        except BadInput as error:
+            return f"{error.where}: {error.what}"
+        try:
             report = files.read_plain(self.workspace.path(COHORT).with_suffix(".csv")).decode()
-        except (CmrhpcError, OSError, UnicodeDecodeError):
+        except (OSError, UnicodeDecodeError):
             return ""  # the report is a companion of the cohort and checked as such
         return sources.changed(rows, self.workspace.raw, report)
 

@@ -142,9 +142,9 @@ def verdict(c: Comparison) -> str:
 
 
 def patients_in_words(collection: Collection) -> str:
-    """`6 normal patients (93 images), 24 disease patients (433 images)`."""
+    """`6 patients of class normal (93 images), 24 patients of class disease (433 images)`."""
     parts = [
-        f"{count(patients, f'{name} patient')} ({count(images, 'image')})"
+        f"{count(patients, 'patient')} of class {name} ({count(images, 'image')})"
         for name, patients, images in collection.patients_per_class()
     ]
     return ", ".join(parts)
@@ -224,7 +224,8 @@ def warnings_of(collection: Collection) -> list[str]:
         )
     few = [(name, n) for name, n, _ in collection.patients_per_class() if n < FEW_PATIENTS]
     if few:
-        named, step = " and ".join(count(n, f"{name} patient") for name, n in few), 100 / max(1, min(n for _, n in few))
+        named = " and ".join(f"{count(n, 'patient')} of class {name}" for name, n in few)
+        step = 100 / max(1, min(n for _, n in few))
         found.append(
             f"Only {named}: a rate of that class moves by about {step:.0f} points when one patient is read differently."
         )

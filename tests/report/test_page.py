@@ -99,12 +99,14 @@ def test_page_answers_first_and_states_the_patients_beside_every_figure(folder: 
     )
     assert answer
     assert start < answer.start() < text.index("Results")
-    patients = re.search(r"On 6 normal patients \(\d+ images\), 15 disease patients \(\d+ images\)", text)
+    patients = re.search(
+        r"On 6 patients of class normal \(\d+ images\), 15 patients of class disease \(\d+ images\)", text
+    )
     assert patients
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, flags=re.S)
     assert len(captions) == 5
     assert all(patients.group() in visible_text(caption) for caption in captions)
-    assert "Only 6 normal patients: a rate of that class moves by about 17 points" in text
+    assert "Only 6 patients of class normal: a rate of that class moves by about 17 points" in text
     assert "2 of 36 cells are missing" in text
     assert "No leak found" in text
     for heading in (

@@ -241,7 +241,7 @@ def test_latex_compiles_within_the_text_width_of_a4(report: AggregateResult, tmp
 
 def test_the_printed_latex_tells_patients_intervals_and_what_published_means(report: AggregateResult) -> None:
     printed = "\n".join(x for x in (report.folder / "table.tex").read_text().splitlines() if not x.startswith("%"))
-    assert "On 9 normal patients" in printed
+    assert "On 9 patients of class normal" in printed
     assert r"Intervals: 95 \%, patients resampled" in printed
     assert "those that print all three fail the accuracy identity" in printed
     assert r"\raggedright published &  & 77.67 & 96.74 & 69.64 &  &  \\" in printed
@@ -370,7 +370,7 @@ def test_one_class_folds_leave_blanks_and_the_pooled_value_whole(tmp_path: Path)
     assert len(blank) == 2 * 2 * 2
     assert all(f["auc"] == f["balanced_accuracy"] == "" and f["sensitivity"] == f["accuracy"] for f in blank)
     assert all(row["specificity"] for row in read_csv(tmp_path / "report" / "table.csv"))
-    assert any("Only 3 normal patients" in w for w in result.result.warnings)
+    assert any("Only 3 patients of class normal" in w for w in result.result.warnings)
 
 
 def test_a_cohort_of_one_class_has_no_specificity(tmp_path: Path) -> None:

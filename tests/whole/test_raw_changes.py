@@ -45,7 +45,11 @@ def test_a_file_that_is_gone_is_named_and_a_folder_out_of_reach_is_not_looked_fo
     workspace = Workspace(root)
     run_task(workspace, "ingest", 0)
     raw_file(root, 0).unlink()
-    assert "row 2 cannot be read" in workspace.states(check=True)["ingest"][0].reason
+    gone = "cohort.csv row 2 (line 3), column image: the image does not exist"
+    assert workspace.states(check=True)["ingest"][0].reason == gone
+    raw_file(root, 0).symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_bytes(b"of somebody else")
+    assert "a link that leaves the raw folder" in workspace.states(check=True)["ingest"][0].reason
     (root / "raw").rename(tmp_path / "elsewhere")
     assert workspace.states(check=True)["ingest"][0].done
 
