@@ -194,7 +194,7 @@ def _add_curve(gallery: Gallery, images: _Images, task: Task, shard: Shard) -> N
     lines = list(_log_lines(path, shard.files.get(path.name, "")))
     title = task.title
     if task.label is not None:
-        title = title.replace(f"class {task.label}", images.study.classes[task.label])
+        title = title.replace(f"class {task.label}", f"class {images.study.classes[task.label]}")
     for line in lines:
         if isinstance(line.get("warning"), str):
             gallery.training_warnings.append(f"{title}, step {line.get('step', '?')}: {line['warning'][:300]}")
