@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -78,7 +79,8 @@ def test_controller_that_hangs_holds_nobody(login_node: Node) -> None:
     node.run("pkill -STOP --exact slurmctld", user="root")
     try:
         assert not doctor(node, timeout=120)["Slurm's controller does not answer within 10 s"]["ok"]
-        record = {"state": "running", "host": "n7", "pid": 1, "start": "1", "time": 4e9, "job": job, "element": "0"}
+        record = {"state": "running", "host": "n7", "pid": 1, "start": "1", "job": job, "element": "0"}
+        record |= {"time": time.time()}
         node.run("mkdir hangs/logs && tee hangs/logs/ingest_0.json", input=json.dumps(record))
         told = json.loads(node.run(waits, env=login.HERE, timeout=120).stdout)
         assert told["slurm"].startswith("Slurm does not answer")
