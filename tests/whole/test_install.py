@@ -51,3 +51,17 @@ def test_an_installed_package_runs_the_task_of_a_job(installed: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(installed / "cmrhpc/__init__.py"), "ingest 0: exit code 0"]
     assert (workspace / "folds.h5").exists()
+
+
+def test_a_folder_of_our_name_hides_nothing(tmp_path: Path) -> None:
+    """As in the folder that the clone lies in. Workers of a run and of submitit start where the command was given."""
+    (tmp_path / "cmrhpc").mkdir()
+    workspace = make_workspace(tmp_path / "ws")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in (["-m", "cmrhpc.cli", "ingest", "ws"], ["-c", ELEMENT, "ws"]):
+        (workspace / "folds.h5").unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert (workspace / "folds.h5").exists()
