@@ -308,6 +308,7 @@ def test_an_empty_range_runs_nothing(narrow_node: Node) -> None:
 
 def test_every_file_is_shown_and_accepted(narrow_node: Node) -> None:
     node = narrow_node
+    wait_for_all(node)  # what other tests sent
     make(node, "dry")
     write_profile(node, profile(lines='"true"', more='gpus = "tesla:1"\npartition = "urgent,gpu"\n'))
     code, told, _ = submit(node, "dry", "--dry-run")
@@ -375,6 +376,7 @@ def test_ingest_that_fails_leaves_nothing_pending(narrow_node: Node) -> None:
 
 def test_two_at_once_send_every_task_once(narrow_node: Node) -> None:
     node = narrow_node
+    wait_for_all(node)  # what other tests sent
     make(node, "race")
     write_profile(node, profile(lines='"true"', slurm='options = ["--begin=now+1hour"]'))
     line = ["cmrhpc", "submit", "race", "--profile", "profile.toml", "--yes"]
