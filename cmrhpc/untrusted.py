@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
@@ -66,62 +69,93 @@ _TEXTS = ("schema", "settings_sha256", "content_sha256")
 _OBJECTS = ("task", "settings", "inputs", "files", "data_sha256")
 
 
-def _plain(value: Any) -> Any:
-    """An informing attribute as text or number."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value.item()
-
-
 def check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
     """Only plain datasets of bounded size at the root. Raises BadInput otherwise; nothing is followed."""
-    import h5py
+    from h5py import h5d, h5l, h5o  # the objects above these cost several times as much, for thousands of shards
 
     shapes: dict[str, tuple[int, ...]] = {}
-    size = path.stat().st_size
-    if len(file) > MAX_NAMES:
+    size, root = path.stat().st_size, file.id
+    if len(root) > MAX_NAMES:
         raise refused(path, "too many datasets")
-    for name in file:
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+    for stored_name in list(root):
+        name = stored_name.decode("utf-8", "replace")
+        if root.links.get_info(stored_name).type != h5l.TYPE_HARD:
             raise refused(path, f'"{name}" is a link')
-        data = file[name]
-        if not isinstance(data, h5py.Dataset):
+        data = h5o.open(root, stored_name)
+        if not isinstance(data, h5d.DatasetID):
             raise refused(path, f'"{name}" is no dataset')
-        kind, stored = data.dtype, data.id.get_create_plist()
+        kind, stored, shape = _dtype(data.get_type()), data.get_create_plist(), data.shape
         layout = stored.get_layout()
-        if layout == h5py.h5d.VIRTUAL or stored.get_external_count():
+        if layout == h5d.VIRTUAL or stored.get_external_count():
             raise refused(path, f'"{name}" keeps its data elsewhere')
         if (kind.kind != "S" and kind.str[1:] not in KINDS) or kind.itemsize == 0:
             raise refused(path, f'"{name}" has the type {kind}')
-        if data.shape is None:
+        if shape is None:
             raise refused(path, f'"{name}" has no shape')
-        if layout == h5py.h5d.CHUNKED or max((data.nbytes, *data.shape)) > min(size, MAX_DATASET_BYTES):
-            raise refused(path, f'"{name}" declares {data.nbytes} bytes in a file of {size}')
-        shapes[name] = data.shape
+        declared = math.prod(shape) * kind.itemsize
+        if layout == h5d.CHUNKED or max((declared, *shape)) > min(size, MAX_DATASET_BYTES):
+            raise refused(path, f'"{name}" declares {declared} bytes in a file of {size}')
+        shapes[name] = shape
     return shapes
 
 
 def read_told(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What a shard says of itself, each part of its type. Raises BadInput when one is missing. shapes: its datasets."""
-
-    attributes = file.attrs
-
-    def value(name: str) -> Any:
-        stored = f"header_{name}"
-        if stored in shapes:
-            return file[stored][()]
-        return attributes[name]
-
     try:
-        told: dict[str, Any] = {"seed": int(value("seed"))}
+        stored = dict(_attributes(file, path.stat().st_size))
+        long = [n for n, shape in shapes.items() if n.startswith("header_") and shape == ()]
+        stored |= {n.removeprefix("header_"): read_whole(file, n)[()] for n in long}
+        told: dict[str, Any] = {"seed": int(stored.pop("seed"))}
         for name in _TEXTS:
-            told[name] = value(name).decode()
+            told[name] = stored.pop(name).decode()
         for name in _OBJECTS:
-            told[name] = json.loads(value(name))
+            told[name] = json.loads(stored.pop(name))
             if not isinstance(told[name], dict):
                 raise ValueError(name)
-        content = json.loads(value("attributes"))
-        told["attributes"] = {name: json.loads(value(name)) for name in content}
-        known = {"seed", "attributes", *_TEXTS, *_OBJECTS, *content}
-        told["info"] = {name: _plain(value(name)) for name in attributes if name not in known}
+        content = json.loads(stored.pop("attributes"))
+        told["attributes"] = {name: json.loads(stored.pop(name)) for name in content}
+        told["info"] = {
+            n: v.decode("utf-8", "replace") if isinstance(v, bytes) else v.item() for n, v in stored.items()
+        }
     except (KeyError, ValueError, AttributeError, OSError, TypeError, RecursionError) as error:
         raise refused(path, f"its attributes are not those of a shard ({error})") from None
     return told
+
+
+def _attributes(file: h5py.File, size: int) -> Iterator[tuple[str, Any]]:
+    """Name and value of every attribute: a number, or bytes. Raises ValueError for any other."""
+    from h5py import h5a
+
+    count = h5a.get_num_attrs(file.id)
+    if count > MAX_NAMES:
+        raise ValueError("too many")
+    for index in range(count):
+        attribute = h5a.open(file.id, index=index)
+        name, stored = attribute.name.decode("utf-8", "replace"), attribute.get_type()
+        kind = _dtype(stored)
+        if attribute.shape != () or kind.kind not in "Siuf" or not 0 < kind.itemsize <= size:
+            raise ValueError(f'"{name}" is no number and no text')
+        value = np.empty((), kind)
+        attribute.read(value, mtype=stored)
+        yield name, value[()]
+
+
+def _dtype(stored: Any) -> np.dtype[Any]:
+    """The numpy type of an HDF5 type; h5py's own way is slow for texts."""
+    from h5py import h5t
+
+    if isinstance(stored, h5t.TypeStringID) and not stored.is_variable_str():
+        return np.dtype(("S", stored.get_size()))
+    return stored.dtype
+
+
+def read_whole(file: h5py.File, name: str) -> np.ndarray:
+    """A dataset that `check_tree` has seen."""
+    from h5py import h5d, h5s
+
+    data = h5d.open(file.id, name.encode())
+    stored = data.get_type()
+    values = np.empty(data.shape, _dtype(stored))
+    if values.size:
+        data.read(h5s.ALL, h5s.ALL, values, mtype=stored)
+    return values
