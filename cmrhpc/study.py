@@ -280,6 +280,10 @@ def _check_study(study: Study, where: str) -> Study:
         raise wrong(f"a study needs two or more different classes, not {list(study.classes)}", "classes", "name each")
     if study.data.channels == 2:
         raise wrong("channels must be 1 or 3", "[data] channels", "1 for grey images, 3 for colour")
+    for name, generator in study.generators.items():
+        if generator.conditional and (generator.networks != "dcgan" or generator.mixup_alpha):
+            mend = 'set networks = "dcgan" and mixup_alpha = 0'
+            raise wrong("only dcgan networks without mixup are conditional", f"[generators.{name}]", mend)
     if any(not generator.external for generator in study.generators.values()):
         start_and_ups(study.data.image_size, where)
     if not study.classifiers:

@@ -111,6 +111,12 @@ def test_mistakes_of_an_external_generator_are_named(study_text: str, text: str,
         parse_study(study_text + text)
 
 
+@pytest.mark.parametrize("settings", ["mixup_alpha = 0.2", 'networks = "residual"'])
+def test_a_conditional_generator_that_would_not_learn_its_classes_is_refused(study_text: str, settings: str) -> None:
+    with pytest.raises(BadInput, match="only dcgan networks without mixup are conditional"):
+        parse_study(study_text + f"[generators.acgan]\n{settings}\n")
+
+
 def test_two_channels_are_refused(study_text: str) -> None:
     with pytest.raises(BadInput, match="channels"):
         parse_study(study_text.replace("image_size = 16", "image_size = 16\nchannels = 2"))
@@ -155,6 +161,17 @@ def test_fu2021_has_every_arm_of_the_papers_and_no_option_of_ours(tmp_path: Path
         "dae-gan+affine": sweep,
         "dae-gan+simgan": sweep[1:],
     }
+    kinds = {
+        name: (g.networks, g.mixup_alpha > 0, g.components, len(g.mutations), g.conditional)
+        for name, g in study.generators.items()
+    }
+    assert kinds == {
+        "dae-gan": ("residual", True, 10, 3, False),
+        "egan": ("dcgan", False, 1, 3, False),
+        "dcgan": ("dcgan", False, 1, 1, False),
+        "acgan": ("dcgan", False, 1, 1, True),
+    }
+    assert study.generators["dcgan"].mutations == study.generators["acgan"].mutations == ("heuristic",)
     for generator in study.generators.values():
         assert (generator.diffaugment, generator.spectral_norm, generator.ema, generator.r1) == (False, False, 0.0, 0.0)
     for name in GENERATORS:

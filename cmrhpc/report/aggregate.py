@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
+from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report import csvfiles, figures, tables
 from cmrhpc.report.collect import collect
 from cmrhpc.report.gallery import make_gallery
@@ -15,6 +17,8 @@ from cmrhpc.report.page import render
 from cmrhpc.report.result import Result, evaluate
 
 SUMMARY = "summary.txt"
+_METRIC = "|".join(METRICS)
+_FIGURE = re.compile(rf"(samples|training)_.*|{_METRIC}|(ratio_curve|folds)(_({_METRIC}))?|roc|classifier_training")
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ def aggregate(folder: Path, out: Path | None = None, begin: Callable[[], None] =
     files.make_folder(out)  # refuses a link that leads out of the workspace
     begin()
     # What an earlier report of another study left would stand beside the new one.
-    for name in ("classes.csv", "best_ratio.csv"):
-        if name not in written:
+    before = [f"figures/{path.name}" for path in (out / "figures").glob("*.png") if _FIGURE.fullmatch(path.stem)]
+    for name in ("classes.csv", "best_ratio.csv", *before):
+        if name not in written and not (out / name).is_dir():
             (out / name).unlink(missing_ok=True)
     for name, data in written.items():
         # A file name that is no text reaches the lists of refused files; it must not stop the report.

@@ -175,6 +175,8 @@ def _distance(images: _Images, task: Task, label: int, shard: Shard, refined: di
 
     trained = images.of_class(shard, label, MAX_IMAGES)
     untrained = shard.read("untrained", slice(0, MAX_IMAGES)) if "untrained" in shard else trained[:0]
+    if task.label is None:  # a conditional generator's show the classes in turn
+        untrained = untrained[label :: len(images.study.classes)]
     train = images.real_features(task.fold, "train", label)
     return Distance(
         task.generator,

@@ -171,7 +171,8 @@ def answer_in_words(collection: Collection, primary: Comparison, declared: tuple
             within = points(primary.mean_fold_difference, sign=True)
             tail += f"; p tests the mean of the folds' own differences, {within} points"
     if primary.n_left_out:
-        tail += f"; on {cells_text(primary.n_common, primary.n_left_out)} (fold and repeat), which both arms have"
+        tail += f"; on {cells_text(primary.n_common, primary.n_left_out)} (fold and repeat), which both arms have, "
+        tail += f"of {count(primary.n_patients, 'patient')}"
     return question, f"{name}: {effect}, {limits}{tail}."
 
 

@@ -59,7 +59,7 @@ def training_set(context: Context) -> TrainingSet:
     pictures, classes = torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
     n_added = len(pictures) - len(real.images)
     if parts.affine:
-        # The seed does not know the arm: the real images are expanded alike in every arm.
+        # The seed does not know the arm; the moves of an arm also depend on how many images it has.
         draws = torch.Generator().manual_seed(derive_seed(study.seed, "affine", task.fold, task.repeat))
         pictures = expand(pictures, study.affine.factor, draws)
         classes = classes.repeat(study.affine.factor)

@@ -120,8 +120,12 @@ def train_gan(
         data = expand(data, affine.factor, torch.Generator().manual_seed(derive_seed(seed, "affine")))
         label_data = label_data.repeat(affine.factor) if label_data is not None else None
     data = data.contiguous(memory_format=torch.channels_last)
-    some = torch.randperm(len(data), generator=torch.Generator().manual_seed(grid_seed))[:GRID]
-    real_diversity = diversity(data[some.to(device)].cpu())
+    some = torch.randperm(len(data), generator=torch.Generator().manual_seed(grid_seed)).to(device)
+    real = (
+        [data[some[:GRID]]]
+        if label_data is None
+        else [data[some][label_data[some] == c][:GRID] for c in range(classes)]
+    )
 
     # Start the evolution, or take it up where a checkpoint left it.
     evolution = Evolution(
@@ -156,7 +160,7 @@ def train_gan(
         # Log.
         if run.step % settings.log_every == 0 or run.step == settings.generations:
             grid = _grid(g, run.averaged_weights(), latent, classes, grid_seed)
-            run.write_log(diversity(grid) / max(real_diversity, 1e-12))
+            run.write_log(relative_diversity([grid[c :: len(real)] for c in range(len(real))], real))
         progress(run.step, settings.generations)
 
         # Checkpoint.
@@ -213,6 +217,12 @@ def draw_generation(
 def diversity(images: Tensor) -> float:
     """Mean Euclidean distance between all pairs of images (N, C, H, W)."""
     return float(torch.nn.functional.pdist(images.flatten(1).double()).mean()) if len(images) > 1 else 0.0
+
+
+def relative_diversity(made: list[Tensor], real: list[Tensor]) -> float:
+    """The diversity of images over that of real ones, class by class; of the least diverse class."""
+    shares = [diversity(a) / max(diversity(b.cpu()), 1e-12) for a, b in zip(made, real, strict=True) if len(b) > 1]
+    return min(shares, default=0.0)
 
 
 class _Run:

@@ -54,7 +54,7 @@ def test_a_fold_that_one_arm_lacks_is_left_out_of_both(tmp_path: Path) -> None:
         - result.rows["resnet50", "none", 0.0].figures["accuracy"].value
     )
     assert found.difference != pytest.approx(plain, abs=1e-6)
-    assert "on 5 of 6 cells (fold and repeat), which both arms have" in result.answer
+    assert "on 5 of 6 cells (fold and repeat), which both arms have, of 24 patients" in result.answer
 
 
 def test_a_cell_that_both_arms_lack_is_left_out_as_well(tmp_path: Path) -> None:

@@ -129,6 +129,20 @@ def test_distances_are_those_of_the_images_in_the_shards(workspace: Path) -> Non
     test = cohort["image"][np.isin(ids, folds["repeat0_fold0_test"]) & (label == 1)]
     expected = kernel_distance(both["image"][both["label"] == 1], test)
     assert found["acgan", 0, 1].trained == pytest.approx(expected, abs=1e-9)
+    expected = kernel_distance(both["untrained"][1::2], test)
+    assert found["acgan", 0, 1].untrained == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_figure_of_an_earlier_report_stays(workspace: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "out/figures"
+    figures.mkdir(parents=True)
+    old = ("specificity.png", "folds_auc.png", "ratio_curve_auc.png", "samples_egan_class0.png", "training_egan.png")
+    others = ("notes.txt", "mine.png", "auc_mine.png")
+    for name in (*old, *others):
+        (figures / name).write_text("old")
+    written = set(aggregate(workspace, tmp_path / "out").files)
+    there = {path.name for path in figures.iterdir()}
+    assert there == {Path(name).name for name in written if name.startswith("figures/")} | set(others)
 
 
 def test_page_shows_strips_distances_curves_and_warnings(workspace: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import threading
 
@@ -322,3 +323,48 @@ def test_fast_mode_agrees_to_bfloat16_rounding(kind: str) -> None:
     assert torch.allclose(slow.f_q, quick.f_q, atol=0.05)
     assert torch.allclose(slow.f_d, quick.f_d, atol=0.2)
     assert quick.f_q.dtype == quick.f_d.dtype == fast.parents.dtype == torch.float32
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_conditional_step_is_acgan_written_out(workers: int) -> None:
+    """Source and class losses of D on real and generated images, then of G on its own, from their sources alone."""
+    g, d = (m.double() for m in dcgan_pair(16, 1, 5, 4, torch.Generator().manual_seed(0), n_classes=3))
+    plain_g, plain_d = copy.deepcopy(g), copy.deepcopy(d)
+    fast = Evolution(g, d, workers=workers, mutations=NAMES[1:2], learning_rate=1e-3, betas=(0.5, 0.999))
+    adam_g, adam_d = (torch.optim.Adam(m.parameters(), lr=1e-3, betas=(0.5, 0.999)) for m in (plain_g, plain_d))
+    cross, binary = torch.nn.functional.cross_entropy, torch.nn.functional.binary_cross_entropy
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        draws = small.draws(rng, dtype=torch.float64, mixup=False, passes=1)
+        real_label, label, training_label = (torch.randint(3, (1, 6), generator=rng) for _ in range(3))
+        scoring_label = torch.randint(3, (7,), generator=rng)
+        draws = dataclasses.replace(
+            draws, real_label=real_label, label=label, training_label=training_label, scoring_label=scoring_label
+        )
+        outcome = fast.generation(draws)
+
+        with torch.no_grad(), frozen_statistics(plain_g):
+            fake = plain_g(draws.noise[0], label[0])
+        (real_logit, real_class), (fake_logit, fake_class) = plain_d(draws.real[0]), plain_d(fake)
+        ones = torch.ones(6, dtype=torch.float64)
+        loss_d = binary(real_logit.sigmoid(), ones) + binary(fake_logit.sigmoid(), 0 * ones)
+        loss_d = loss_d + cross(real_class, real_label[0]) + cross(fake_class, label[0])
+        adam_d.zero_grad()
+        loss_d.backward()
+        adam_d.step()
+
+        with frozen_statistics(plain_d):
+            logit, classes = plain_d(plain_g(draws.training_noise[0], training_label[0]))
+        loss_g = -0.5 * logit.sigmoid().log().mean() + cross(classes, training_label[0])
+        adam_g.zero_grad()
+        loss_g.backward()
+        adam_g.step()
+        assert torch.allclose(outcome.loss_d, loss_d.detach(), atol=1e-10)
+        assert torch.allclose(outcome.loss_g, loss_g.detach()[None], atol=1e-10)
+
+        with torch.no_grad(), frozen_statistics(plain_g), frozen_statistics(plain_d):
+            score = plain_d(plain_g(draws.scoring_noise, scoring_label))[0].sigmoid().mean()
+        assert torch.allclose(outcome.f_q, score[None], atol=1e-10)
+        for mine, theirs in ((plain_g, fast.generator), (plain_d, fast.discriminator)):
+            for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+                assert (a - b).abs().max() < 1e-8

@@ -119,6 +119,14 @@ def test_samples_are_nested_and_independent_of_other_calls(name: str) -> None:
     assert not torch.equal(trained.sample(64, 4), many[:64])
 
 
+def test_one_image_per_class_is_no_diversity() -> None:
+    real = [small.images(6, seed=1), small.images(5, seed=2)]
+    same = [images[:1].repeat(4, 1, 1, 1) for images in real]
+    assert gan.relative_diversity(same, real) == 0.0
+    assert gan.relative_diversity([real[0], same[1]], real) == 0.0
+    assert gan.relative_diversity(real, real) == 1.0
+
+
 def test_conditional_samples_follow_the_label() -> None:
     trained = train(VARIANTS["acgan"])
     assert not torch.equal(trained.sample(4, 1, 0), trained.sample(4, 1, 1))
