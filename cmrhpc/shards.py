@@ -293,10 +293,20 @@ def _provenance() -> dict[str, Any]:
     slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
     return {
         "code_version": code_version(),
-        "container_sha256": os.environ.get("CMRHPC_CONTAINER_SHA256", ""),
+        "container_sha256": os.environ.get("CMRHPC_CONTAINER_SHA256") or _container_sha256(),
         "host": socket.gethostname(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     } | {name.lower(): os.environ[name] for name in slurm if name in os.environ}
+
+
+def _container_sha256() -> str:
+    """Of the image that Apptainer runs us in, as build.sh wrote it beside it; empty where that is not to be seen."""
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    try:
+        told = Path(f"{image}.sha256").read_text()[:64] if image else ""
+    except (OSError, ValueError):
+        return ""
+    return told if re.fullmatch("[0-9a-f]{64}", told) else ""
 
 
 _code_version = ""

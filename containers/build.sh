@@ -44,7 +44,7 @@ if [ $pin = yes ]; then
         fail "--pin needs skopeo or crane to ask the registry"
     fi
     digest=$("${look_up[@]}") || fail "$image was not found in any registry in reach; nothing is pinned"
-    echo "$(sed -E 's#:[^/:]*$##' <<< "$image")@$digest" | tee "$here/base.pin"
+    echo "$(sed -E 's#@.*##; s#:[^/:]*$##' <<< "$image")@$digest" | tee "$here/base.pin"
     exit 0
 fi
 

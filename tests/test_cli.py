@@ -156,6 +156,16 @@ def test_array_of_missing_tasks(tmp_path: Path, study_text: str) -> None:
     assert chunks == "0-3\n4-7\n8-9\n"
     offsets = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4", "--offset").stdout
     assert offsets == "0-3 0\n0-3 4\n0-1 8\n"
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    environment = {**os.environ, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    for size, shown in ((4, "0-3 0\n0-3 4\n0-1 8\n"), (0, "")):  # no higher index than the cluster takes, however asked
+        scontrol.write_text(f"#!/bin/sh\necho 'MaxArraySize = {size}'\n")
+        scontrol.chmod(0o755)
+        line = ("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "9", "--offset")
+        done = cmrhpc(*line, check=False, env=environment)
+        assert (done.returncode, done.stdout) == (0 if shown else 3, shown)
+    assert "takes no job arrays" in done.stderr
     assert cmrhpc("plan", tmp_path, "--offset", check=False).returncode == 2
     assert cmrhpc("plan", tmp_path, "--stage", "classify", "--chunk", "4", check=False).returncode == 2
     for other in ("--json", "--why"):

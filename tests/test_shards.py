@@ -210,3 +210,15 @@ def test_a_bit_that_flips_after_the_check_is_noticed(tmp_path: Path) -> None:
         stream.write(raw)
     with pytest.raises(BadInput, match="checksum"):
         shard.read("image", slice(0, 2))
+
+
+def test_inside_an_image_its_checksum_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CMRHPC_CONTAINER_SHA256", raising=False)
+    monkeypatch.setenv("APPTAINER_CONTAINER", str(tmp_path / "cmrhpc.sif"))
+    assert shards._provenance()["container_sha256"] == ""
+    (tmp_path / "cmrhpc.sif.sha256").write_text(f"{'ab' * 32}  cmrhpc.sif\n")
+    assert shards._provenance()["container_sha256"] == "ab" * 32
+    (tmp_path / "cmrhpc.sif.sha256").write_text("not a checksum")
+    assert shards._provenance()["container_sha256"] == ""
+    monkeypatch.setenv("CMRHPC_CONTAINER_SHA256", "cd" * 32)
+    assert shards._provenance()["container_sha256"] == "cd" * 32

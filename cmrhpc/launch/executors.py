@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmrhpc.errors import UsageError
+from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, plan_arrays
 from cmrhpc.launch.element import run_element
 from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings
 from cmrhpc.launch.submissions import Submission
-from cmrhpc.launch.submit import claim_folder, limits_for, submit_all
+from cmrhpc.launch.submit import ask_queue, claim_folder, limits_for, submit_all
 from cmrhpc.paths import check_for_slurm
 from cmrhpc.plan import STAGES
 from cmrhpc.profile import Profile, gpu_count, load_profile, parse_profile
@@ -93,7 +94,11 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = max(1, cores // workspace.study.compute.threads)
     found: list[Job[str]] = []
-    with claim.hold(claim_folder(workspace)) as ours:
+    with claim.hold(claim_folder(workspace)) as ours, _kept(ours):
+        queue = ask_queue(workspace, claimed=True).tasks if slurm.installed() else {}
+        if queued := sorted(set(queue.values())):
+            mend = "wait until they have ended, or cancel them"
+            raise Incomplete("jobs of Slurm hold tasks of this workspace", f"job {', '.join(queued[:3])}", mend)
         states = workspace.states()
         missing = {stage: [s for s in states[stage] if not s.done] for stage in STAGES}
         if any(missing[stage] for stage in STAGES if stage != "aggregate"):
@@ -103,7 +108,6 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
             limit = {"timeout_min": array.ask.seconds / 60}  # LocalExecutor's own is two minutes
             with _changed(executor, limit | executor.parameters):
                 for i in range(0, len(array.elements), at_once):
-                    ours.renew()
                     part = [list(element) for element in array.elements[i : i + at_once]]
                     n = len(part)
                     jobs = executor.map_array(
@@ -113,6 +117,25 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
                         job.exception()  # waits; what failed is told by its job, and by what depends on it
                     found += jobs
     return found
+
+
+@contextmanager
+def _kept(ours: claim.Claim) -> Iterator[None]:
+    """Renew the claim every minute: a batch of tasks may take hours."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(60):
+            with suppress(Incomplete, BadInput):
+                ours.renew()
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

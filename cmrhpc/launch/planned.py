@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from cmrhpc.errors import BadInput
 from cmrhpc.launch import slurm
 from cmrhpc.workspace import Workspace
 
@@ -46,8 +47,11 @@ def print_ranges(workspace: Workspace, stage: str, chunk: int, offset: bool) -> 
         return
     told = (slurm.config() or {}).get("MaxArraySize")
     limit = int(told) if told and told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
+    if not limit:
+        mend = "`cmrhpc submit` sends single jobs there"
+        raise BadInput("this cluster takes no job arrays: MaxArraySize is 0", "scontrol show config", mend)
     if offset:
-        for line in offset_ranges(missing, chunk or limit):
+        for line in offset_ranges(missing, min(chunk or limit, limit)):
             print(line)
         return
     if missing[-1] >= limit:

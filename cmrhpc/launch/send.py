@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 # sbatch takes these from its environment before what the file says.
 _WIN = ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "TIMELIMIT", "WAIT")
+# So they do these, which are the user's own where the file says nothing of it.
+_WIN_IF_TOLD: dict[str, tuple[str, ...]] = {
+    name: (name.upper(),) for name in ("partition", "account", "qos", "constraint", "reservation")
+}
+_WIN_IF_TOLD["mem"] = ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU")
+_WIN_IF_TOLD |= dict.fromkeys(("gres", "gpus", "gpus_per_node"), ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"))
 _FULL = ("temporarily unable", "Resource temporarily unavailable", "maximum number of jobs")
 # Of too many jobs and of too large ones Slurm says the same sentence; newer versions name the limit before it.
 _POLICY = "Job violates accounting/QOS policy"
@@ -157,12 +163,16 @@ def group_access() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Without variables that would win over the sbatch file: those of ours, and inside a job all that are the job's."""
+def undisturbed(told: Iterable[str]) -> Iterator[None]:
+    """Without variables that would win over the sbatch file: those of ours, and inside a job all that are the job's.
+
+    told: options of sbatch in the file, e.g. "gpus-per-node".
+    """
     before = dict(os.environ)
+    win = {*_WIN, *(name for option in told for name in _WIN_IF_TOLD.get(option.replace("-", "_"), ()))}
     try:
         for name in before:
-            if name.removeprefix("SBATCH_") in _WIN or (
+            if (name.startswith("SBATCH_") and name.removeprefix("SBATCH_") in win) or (
                 "SLURM_JOB_ID" in before and name.startswith(("SLURM_", "SRUN_", "SUBMITIT_"))
             ):
                 del os.environ[name]
@@ -215,8 +225,10 @@ def send_with(
     files.atomic_write(note, json.dumps(dataclasses.asdict(asked)))
     n = len(asked.elements)
     tasks = [list(element) for element in asked.elements]
+    given = executor.parameters
+    told = [*(name for name, value in given.items() if value), *(given.get("additional_parameters") or ())]
     try:
-        with group_access(), undisturbed():
+        with group_access(), undisturbed(told):
             found = executor.map_array(
                 run_element, [str(workspace.root)] * n, [asked.stage] * n, tasks, [variables] * n
             )

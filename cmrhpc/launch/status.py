@@ -180,6 +180,9 @@ class _Jobs:
             key = submission.key(element)
             if key not in self.elements and element == 0:
                 key = submission.job  # an array of one that was submitted as a plain job
+            named = self.elements[key].name if key in self.elements else ""
+            if named and submission.name and named != submission.name:
+                continue  # a number that came back, on a cluster that counts anew
             found[key] = submission
         listed = sorted((key for key in found if key in self.elements), key=_job_number)
         return [(key, self.elements[key], found[key]) for key in listed]
@@ -198,7 +201,8 @@ class _Jobs:
             key, element, submission = alive[-1]
             return self._alive(state, record, log, key, element, submission)
         if candidates and not (record and _newer(record, candidates[-1][0], candidates[-1][2])):
-            key, element, _ = candidates[-1]
+            key, element, submission = candidates[-1]
+            log = log or self._slurms_log(submission, key)
             return self._ended(state, record if record and record.key == key else None, log, key, element)
         submitted = self.by_task.get((stage, index))
         last = submitted[-1][0] if submitted and not candidates else None
@@ -235,11 +239,19 @@ class _Jobs:
             back = "requeued by Slurm (preempted, or its node failed)"
         return TaskStatus(state, WAITING, f"{back}; {reason}" if back else reason, log, key, queued=True)
 
+    def _slurms_log(self, submission: Submission | None, key: str) -> str:
+        """What a job said that ended before its task began: its environment, its image, its node."""
+        if submission is None:
+            return ""
+        path = self.workspace.root / "submissions" / "submitit" / submission.name / f"{key}_0_log.out"
+        return str(path) if path.is_file() else ""
+
     def _ended(self, state: State, record: Record | None, log: str, key: str, element: Element) -> TaskStatus:
         """Its newest element has ended, and the shard is not there."""
         if element.state == "COMPLETED" or (record and record.state == records.DONE):
             return TaskStatus(state, WAITING, _not_started(state), log)
-        if record and record.state == records.FAILED and element.state == "FAILED":
+        # Beside it in the same job another may have run out of time. What ran out of memory often cannot say so.
+        if record and record.state == records.FAILED and element.state != "OUT_OF_MEMORY":
             return TaskStatus(state, FAILED, _first_line(record.reason), log, key)
         stopped = record and record.state == records.STOPPED
         if stopped and element.state == "FAILED":  # by its own exit code 75

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from cmrhpc import files
 from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
-from cmrhpc.launch.arrays import Array, More, plan_arrays
+from cmrhpc.launch.arrays import Array, Ask, More, plan_arrays
 from cmrhpc.launch.estimate import Expected, expected
-from cmrhpc.launch.records import RUNNING, STOPPED, read_records
+from cmrhpc.launch.records import FAILED, RUNNING, STOPPED, read_record, read_records, record_path
 from cmrhpc.launch.send import asked_path, dependency, script, settings, undisturbed
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
 from cmrhpc.plan import STAGES
@@ -176,7 +178,7 @@ def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.
     }
     if any(missing[stage] for stage in STAGES if stage != "aggregate"):
         missing["aggregate"] = list(states["aggregate"])  # made anew, after the one that may be queued
-    more, notes = more_for_what_lacked_it(missing, queue, profile)
+    more, notes = more_for_what_lacked_it(workspace, missing, queue, profile)
     notes += [doubt for doubt in [_doubt(queue)] if doubt and any(missing.values())]
     arrays = plan_arrays(missing, profile, queued=held, more=more, max_elements=max_elements(limits))
     n_queued = sum(1 for stage in states for s in states[stage] if not s.done and (stage, s.index) in queue.tasks)
@@ -201,21 +203,26 @@ def limits_for(profile: Profile) -> slurm.Limits:
 
 def max_elements(limits: slurm.Limits) -> int:
     """Of one array: what the highest index allows, and half of what may be queued at all, so that a part can follow."""
-    known = [limits.max_array_size or MAX_ELEMENTS]
+    # MaxArraySize 0: no arrays at all, and an array of one is sent as a plain job.
+    known = [MAX_ELEMENTS if limits.max_array_size is None else limits.max_array_size]
     known += [limit // 2 for limit in (limits.max_submit, limits.max_jobs) if limit]
     return max(1, min(known))
 
 
 def more_for_what_lacked_it(
-    missing: Mapping[str, Sequence[State]], queue: Queue, profile: Profile
+    workspace: Workspace, missing: Mapping[str, Sequence[State]], queue: Queue, profile: Profile
 ) -> tuple[More, list[str]]:
-    """Twice the time or memory, up to the profile's maximum, for tasks whose job ended for lack of it; and in words."""
+    """Twice the time or memory, up to the maximum, for tasks whose job ended for lack of it; and in words.
+
+    The maximum is the profile's; of time, where it names none, the partition's. A task that says itself why it failed
+    beside another that ran out of time lacked nothing.
+    """
     wanted = {(stage, s.index) for stage, found in missing.items() for s in found}
     tried = [s for s in queue.submissions if any((s.stage, i) in wanted for e in s.elements for i in e)]
     # What slurmctld still remembers serves where accounting is off.
     told = queue.elements | (slurm.accounting({s.job for s in tried}) or {})
     told |= {key: element for key, element in queue.elements.items() if element.ended}  # accounting may lag behind
-    most_time = time_seconds(profile.slurm.max_time) if profile.slurm.max_time else math.inf
+    most_of_stage = functools.cache(lambda stage: _most_seconds(profile, stage))
     most_memory = memory_mb(profile.slurm.max_memory) if profile.slurm.max_memory else math.inf
     more: dict[tuple[str, int], tuple[int, int]] = {}
     lacked: dict[tuple[str, str, str], int] = {}
@@ -226,9 +233,13 @@ def more_for_what_lacked_it(
             for task in ((submission.stage, index) for index in indices):
                 if task not in wanted or state not in ("TIMEOUT", "OUT_OF_MEMORY"):
                     continue
+                record = read_record(record_path(workspace, *task)) if state == "TIMEOUT" else None
+                if record and record.state == FAILED and record.key == submission.key(k):
+                    continue
                 asked = profile.resources(submission.stage)
                 seconds, memory = more.get(task, (asked.seconds, memory_mb(asked.memory)))
                 if state == "TIMEOUT":
+                    most_time = most_of_stage(submission.stage)
                     seconds = max(seconds, int(min(2 * submission.time_limit_s, most_time)) // 60 * 60)
                 elif submission.memory:
                     memory = max(memory, int(min(2 * (memory_mb(submission.memory) // together), most_memory)))
@@ -236,11 +247,12 @@ def more_for_what_lacked_it(
     for (stage, _), (seconds, memory) in more.items():
         asked = profile.resources(stage)
         for what, now, usual, most in (
-            ("time", time_text(seconds), time_text(asked.seconds), seconds >= most_time),
+            ("time", time_text(seconds), time_text(asked.seconds), seconds >= most_of_stage(stage)),
             ("memory", memory_text(memory), memory_text(memory_mb(asked.memory)), memory >= most_memory),
         ):
             if now != usual:
-                end = f"{now} instead of {usual}" + (f" (max_{what} of the profile)" if most else "")
+                whose = "of the profile" if what == "memory" or profile.slurm.max_time else "of the partition"
+                end = f"{now} instead of {usual}" + (f" (max_{what} {whose})" if most else "")
                 key = (stage, what, end)
                 lacked[key] = lacked.get(key, 0) + 1
         if (seconds, memory) == (asked.seconds, memory_mb(asked.memory)):
@@ -251,6 +263,21 @@ def more_for_what_lacked_it(
         for (stage, what, end), n in sorted(lacked.items())
     ]
     return more, notes
+
+
+def _most_seconds(profile: Profile, stage: str) -> float:
+    """The longest time that a task of a stage may be given, as far as it is known."""
+    if profile.slurm.max_time:
+        return time_seconds(profile.slurm.max_time)
+    names = [name for name in profile.slurm_of(stage).partition.split(",") if name]
+    known = [p for p in slurm.partitions() or [] if (p.name in names if names else p.default)]
+    longest = 0.0
+    for partition in known:
+        try:
+            longest = max(longest, time_seconds(partition.time_limit))
+        except BadInput:  # "infinite"
+            return math.inf
+    return longest or math.inf
 
 
 # ------------------------------------------------------------------------------------------------ sending it
@@ -279,17 +306,31 @@ def submit_all(
             raise Incomplete("the queue or the results changed meanwhile", str(workspace.root), "run the command again")
         sent: list[tuple[Array, list[Job[str]]]] = []
         jobs: dict[str, str] = {}
-        for array in now.arrays:
-            ours.renew()
-            try:
-                found = send(array, jobs)
-            except (Incomplete, BadInput) as error:
-                n = sum(len(a.tasks) for a, _ in sent)
-                error.what += f"\n  sent:  {n} of {now.tasks} tasks, in {len(sent)} arrays"
-                raise
-            jobs[array.name] = found[0].job_id.split("_")[0]
-            sent.append((array, found))
-            say(f"job {jobs[array.name]}: {array.name}, {describe(array, jobs)}")
+        lost: set[str] = set()  # arrays that Slurm refuses, and what cannot do without them
+        refusals: dict[tuple[str, Ask], BadInput] = {}
+        try:
+            for planned in now.arrays:
+                ours.renew()
+                same = (planned.stage, planned.ask)
+                if lost.intersection(planned.needs) or same in refusals or (planned.stage == "aggregate" and not sent):
+                    lost.add(planned.name)
+                    continue
+                array = dataclasses.replace(planned, after=tuple(n for n in planned.after if n not in lost))
+                try:
+                    found = send(array, jobs)
+                except BadInput as error:  # of this array: the others can still go
+                    refusals[same] = error
+                    lost.add(planned.name)
+                    continue
+                jobs[array.name] = found[0].job_id.split("_")[0]
+                sent.append((array, found))
+                say(f"job {jobs[array.name]}: {array.name}, {describe(array, jobs)}")
+            if refusals:
+                raise next(iter(refusals.values()))
+        except (Incomplete, BadInput) as error:
+            n = sum(len(a.tasks) for a, _ in sent)
+            error.what += f"\n  sent:  {n} of {now.tasks} tasks, in {len(sent)} arrays"
+            raise
     return sent
 
 
@@ -317,7 +358,7 @@ def dry_run(workspace: Workspace, profile: Profile, proposal: Proposal) -> tuple
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(tested)
             file.flush()
-            with undisturbed():
+            with undisturbed(re.findall(r"(?m)^#SBATCH --([a-z-]+)", tested)):
                 answer = slurm.ask(["sbatch", "--test-only", file.name], environment={"SLURM_TIME_FORMAT": "standard"})
         taken = None if answer.code is None else answer.code == 0
         right = right and taken is not False

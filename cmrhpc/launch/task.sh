@@ -12,6 +12,17 @@
 # does not: whoever sends that (scancel, preemption, the time limit) has decided already.
 set -uo pipefail
 umask 007
+
+# Slurm signals this script alone (--signal=B:USR2), or cmrhpc submit passes its signal on: so it is passed on to the tasks.
+children=()
+asked=no again=no requeue=yes
+stop() {
+    asked=yes again=yes
+    [ ${#children[@]} -eq 0 ] || kill -USR2 "${children[@]}" 2> /dev/null
+}
+trap stop USR1 USR2
+trap 'requeue=no; stop' TERM
+
 offset=${3:-${CMRHPC_OFFSET:-0}}
 if [ $# -lt 2 ] || [ $# -gt 3 ] || [ ! -d "$2" ] || [[ ! $offset =~ ^[0-9]+$ ]]; then
     echo "usage: sbatch --array=0-9 slurm/STAGE.sbatch WORKSPACE [OFFSET] (a folder, a number)" >&2
@@ -41,16 +52,6 @@ if [ -n "${CMRHPC_CONTAINER:-}" ]; then
     # shellcheck disable=SC2206
     command=(apptainer --quiet exec "${gpu[@]}" --bind "$workspace" ${CMRHPC_CONTAINER_OPTIONS:-} "$CMRHPC_CONTAINER" "${command[@]}")
 fi
-
-# Slurm signals this script alone (--signal=B:USR2), or cmrhpc submit passes its signal on: so it is passed on to the tasks.
-children=()
-asked=no again=no requeue=yes
-stop() {
-    asked=yes again=yes
-    [ ${#children[@]} -eq 0 ] || kill -USR2 "${children[@]}" 2> /dev/null
-}
-trap stop USR1 USR2
-trap 'requeue=no; stop' TERM
 
 # What a task says goes to its log. Slurm's own file keeps Slurm's own words; without any it is taken away.
 mkdir -p "$workspace/logs"
@@ -87,8 +88,16 @@ if [ $checkpointed = yes ]; then
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-${SLURM_JOB_ID:-}}
     # A preempted job Slurm itself puts back; a second time would cost it its next run.
-    if [ $requeue = yes ] && [ -n "$job" ] && [[ $(scontrol show job "$job") = *PreemptTime=None* ]]; then
-        scontrol requeue "$job"
+    if [ $requeue = yes ] && [ -n "$job" ]; then
+        for pause in 2 5 10 0; do  # a controller that is being restarted
+            told=$(scontrol show job "$job" 2> /dev/null) && break
+            sleep $pause
+        done
+        if [ -z "$told" ]; then
+            echo "Slurm does not answer, so job $job is not requeued: submit it again" >&2
+        elif [[ $told = *PreemptTime=None* ]]; then
+            scontrol requeue "$job"
+        fi
     fi
     [ $worst -ne 0 ] || worst=75
 fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -75,3 +76,13 @@ def test_base_on_disk_is_named_from_where_the_caller_stands(tmp_path: Path, appt
     asked = apptainer.read_text().splitlines()
     assert asked[-6:] == [*local[:3], f"base={tmp_path}/debian", f"{tmp_path}/here.sif.part", "containers/cmrhpc.def"]
     assert (tmp_path / "here.sif.sha256").read_text().endswith("  here.sif\n")
+
+
+def test_a_base_with_a_digest_is_pinned_to_the_new_one(tmp_path: Path, apptainer: Path, program: Put) -> None:
+    copy = tmp_path / "containers"
+    shutil.copytree(ROOT / "containers", copy)
+    program("skopeo", "echo sha256:new")
+    for base in ("debian:12", "debian@sha256:old", "registry:5000/debian:12@sha256:old", "registry:5000/debian"):
+        line = ["bash", str(copy / "build.sh"), "--base", base, "--pin"]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert done.stdout == base.split("@")[0].removesuffix(":12") + "@sha256:new\n"

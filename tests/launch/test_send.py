@@ -15,6 +15,7 @@ import pytest
 
 from cmrhpc.cli import main
 from cmrhpc.errors import BadInput
+from cmrhpc.launch import send
 from cmrhpc.launch.arrays import Array, Ask
 from cmrhpc.launch.cluster import path_findings
 from cmrhpc.launch.executors import asked_gpus, over
@@ -217,3 +218,17 @@ def test_a_profile_takes_nothing_from_the_users_own_executor(workspace: Workspac
     assert made["additional_parameters"] == {"exclusive": True, "requeue": True, "kill-on-invalid-dep": "yes"}
     first = own_parameters(workspace, ARRAYS["ingest"][1], "0a1b2c3d", None)
     assert over(made, first)["dependency"] is None
+
+
+def test_a_variable_of_sbatch_wins_over_nothing_that_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PARTITION", "ACCOUNT", "GPUS_PER_NODE", "MEM_PER_CPU", "OUTPUT")
+    for name in names:
+        monkeypatch.setenv(f"SBATCH_{name}", "x")
+    for told, left in (
+        ((), ["PARTITION", "ACCOUNT", "GPUS_PER_NODE", "MEM_PER_CPU"]),
+        (("partition", "gres"), ["ACCOUNT", "MEM_PER_CPU"]),
+        (("gpus-per-node", "mem"), ["PARTITION", "ACCOUNT"]),
+    ):
+        with send.undisturbed(told):
+            assert [name for name in names if f"SBATCH_{name}" in os.environ] == left
+    assert all(f"SBATCH_{name}" in os.environ for name in names)

@@ -93,6 +93,7 @@ SUBMITTED = Submission(
         ("", "", "FAILED|255:0|n1", ("failed", "its job failed with exit code 255")),
         ("failed", "FAILED|None|n1", "", ("failed", "the reason of the record")),
         ("failed", "", "OUT_OF_MEMORY|0:125|n1", ("failed", "out of memory")),
+        ("failed", "TIMEOUT|None|n1", "TIMEOUT|0:0|n1", ("failed", "the reason of the record")),  # a sibling's time
         ("stopped", "", "FAILED|75:0|n1", ("waiting", "checkpointed, not requeued: submit again")),
         ("done", "COMPLETED|None|n1", "", ("waiting", "not started")),
         # Forgotten by Slurm, which answers.
@@ -202,6 +203,25 @@ def test_array_of_one_without_a_number(workspace: Workspace, program: Put) -> No
     program("squeue", "echo '41|RUNNING|None|n1|/|x|(null)'")
     program("sacct", "exit 0")
     assert judged(workspace).job == "41"
+
+
+def test_a_number_that_came_back_is_somebody_elses(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, replace(SUBMITTED, name="synthesize-aa"))
+    program("sacct", OFF)
+    for name, word in (("synthesize-aa", "running"), ("somebody-elses", "failed")):
+        program("squeue", f"echo '40_1|RUNNING|None|n3|/|{name}|(null)'")
+        assert judged(workspace).word == word
+
+
+def test_a_job_that_ended_before_its_task_began_shows_what_slurm_wrote(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, replace(SUBMITTED, name="synthesize-aa"))
+    program("squeue", "echo '40_1|FAILED|NonZeroExitCode|n1|/|synthesize-aa|(null)'")
+    program("sacct", "echo '40_1|FAILED|127:0|n1'")
+    assert judged(workspace).log == ""
+    said = workspace.root / "submissions/submitit/synthesize-aa/40_1_0_log.out"
+    said.parent.mkdir(parents=True)
+    said.write_text("no such module: cuda\n")
+    assert judged(workspace).log == str(said)
 
 
 @pytest.mark.parametrize(

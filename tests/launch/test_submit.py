@@ -179,6 +179,49 @@ def test_no_more_than_the_profile_allows(ready: Workspace, program: Put) -> None
     ]
 
 
+def test_no_more_time_than_the_partition_gives(ready: Workspace, program: Put) -> None:
+    write_submission(ready, dataclasses.replace(SENT, time_limit_s=8 * 3600))
+    ended(program, "TIMEOUT", "TIMEOUT")
+    program("sinfo", "printf 'cpu*|up|1-00:00:00|9|(null)\\ngpu|up|12:00:00|4|gpu:2\\nold|up|infinite|1|gpu:1\\n'")
+    for partition, hours in (("gpu", 12), ("", 16), ("old", 16), ("gpu,cpu", 16)):
+        found = propose(ready, f'[slurm]\npartition = "{partition}"\n')
+        assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
+        assert (" (max_time of the partition)" in found.notes[0]) == (hours == 12)
+
+
+def test_a_task_that_failed_by_itself_beside_one_out_of_time_gets_no_more(ready: Workspace, program: Put) -> None:
+    write_submission(ready, SENT)
+    ended(program, "COMPLETED", "TIMEOUT")
+    record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=2e9, job="7", element="1")
+    files.atomic_write(records.record_path(ready, "classify", 1), json.dumps(dataclasses.asdict(record)))
+    asked = {i: a.ask.seconds // 3600 for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
+    assert [asked[i] for i in (1, 2)] == [6, 12]
+
+
+def test_an_array_that_is_refused_holds_up_no_other(ready: Workspace, program: Put) -> None:
+    """Only what asks for the same is not tried, and what needs it; all others go, and the report."""
+    program("squeue", "exit 0")
+    sent, n = [], iter(range(50, 99))
+
+    class Job:
+        def __init__(self) -> None:
+            self.job_id = f"{next(n)}_0"
+
+    def send(array, jobs):  # type: ignore[no-untyped-def]
+        if array.stage == "refine":
+            raise BadInput("Slurm refuses the job", array.name, "mend the profile")
+        assert not [name for name in array.after if name.startswith("refine")]
+        sent.append(array.name)
+        return [Job()]
+
+    with pytest.raises(BadInput, match="Slurm refuses the job") as raised:
+        submit.submit_all(ready, parse_profile(PROFILE), Limits(), send)
+    planned = [a for a in propose(ready).arrays if a.stage != "refine"]
+    assert sent == [a.name for a in planned]
+    assert sent[-1] == "aggregate"
+    assert f"{sum(len(a.tasks) for a in planned)} of 19 tasks" in str(raised.value)
+
+
 def test_a_later_failure_does_not_take_the_time_away_again(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
     write_submission(ready, dataclasses.replace(SENT, job="8", time=2e9, time_limit_s=12 * 3600))
@@ -214,6 +257,7 @@ def test_measured_seconds_are_what_is_expected(ready: Workspace, program: Put) -
 def test_limits_of_the_cluster_cut_the_arrays() -> None:
     assert submit.max_elements(Limits()) == 1000
     assert submit.max_elements(Limits(max_array_size=4)) == 4
+    assert submit.max_elements(Limits(max_array_size=0)) == 1  # no arrays at all: single jobs
     assert submit.max_elements(Limits(1001, 10000, 100)) == 50
     assert submit.max_elements(Limits(1001, 10000, 1)) == 1
 

@@ -106,6 +106,15 @@ def test_every_task_is_asked_to_stop_and_the_job_goes_back_once(
         assert (place / "scontrol.said").read_text().count("requeue") == 1
 
 
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(place: Path, program: Put) -> None:
+    program("scontrol", f"[ -e asked ] || {{ touch asked; exit 1; }}; {SCONTROL}")
+    running = start(place, "100")
+    wait_for(place / "began.100")
+    running.send_signal(signal.SIGUSR2)
+    assert running.wait(60) == 75
+    assert requeued(place)
+
+
 def test_only_its_own_element_goes_back(place: Path) -> None:
     """One element of an array has the number of the whole array as its own."""
     more = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
