@@ -263,7 +263,7 @@ def test_markdown_renders_as_tables(report: AggregateResult) -> None:
     comparisons = sum(c.metric == "accuracy" for c in report.result.comparisons)  # the primary metric
     assert comparisons * 5 == len(report.result.comparisons)
     assert "Those of the other metrics: comparisons.csv." in rendered
-    assert rows == [[11] * 15, [11] * (1 + comparisons), [11] * (1 + len(report.result.best)), [1, 1]]
+    assert rows == [[11] * 15, [11] * (1 + comparisons), [10] * (1 + len(report.result.best)), [1, 1]]
     assert "<td>x|y &lt;b&gt;*z*&lt;/b&gt;</td>" in parts[-1]
 
 
