@@ -325,12 +325,12 @@ def test_fast_mode_agrees_to_bfloat16_rounding(kind: str) -> None:
     assert quick.f_q.dtype == quick.f_d.dtype == fast.parents.dtype == torch.float32
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_conditional_step_is_acgan_written_out(workers: int) -> None:
-    """Source and class losses of D on real and generated images, then of G on its own, from their sources alone."""
+@pytest.mark.parametrize(("workers", "r1"), [(1, 0.0), (2, 0.0), (2, 0.5)])
+def test_conditional_step_is_acgan_written_out(workers: int, r1: float) -> None:
+    """Source and class losses of D on real and generated images, then of G on its own, from their sources alone; R1."""
     g, d = (m.double() for m in dcgan_pair(16, 1, 5, 4, torch.Generator().manual_seed(0), n_classes=3))
     plain_g, plain_d = copy.deepcopy(g), copy.deepcopy(d)
-    fast = Evolution(g, d, workers=workers, mutations=NAMES[1:2], learning_rate=1e-3, betas=(0.5, 0.999))
+    fast = Evolution(g, d, workers=workers, mutations=NAMES[1:2], learning_rate=1e-3, betas=(0.5, 0.999), r1=r1)
     adam_g, adam_d = (torch.optim.Adam(m.parameters(), lr=1e-3, betas=(0.5, 0.999)) for m in (plain_g, plain_d))
     cross, binary = torch.nn.functional.cross_entropy, torch.nn.functional.binary_cross_entropy
     rng = torch.Generator().manual_seed(1)
@@ -349,8 +349,11 @@ def test_conditional_step_is_acgan_written_out(workers: int) -> None:
         ones = torch.ones(6, dtype=torch.float64)
         loss_d = binary(real_logit.sigmoid(), ones) + binary(fake_logit.sigmoid(), 0 * ones)
         loss_d = loss_d + cross(real_class, real_label[0]) + cross(fake_class, label[0])
+        real = draws.real[0].clone().requires_grad_()
+        with frozen_statistics(plain_d):
+            (slope,) = torch.autograd.grad(plain_d(real)[0].sum(), real, create_graph=True)
         adam_d.zero_grad()
-        loss_d.backward()
+        (loss_d + r1 / 2 * slope.pow(2).sum((1, 2, 3)).mean()).backward()
         adam_d.step()
 
         with frozen_statistics(plain_d):
