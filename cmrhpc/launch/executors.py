@@ -108,6 +108,7 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
             limit = {"timeout_min": array.ask.seconds / 60}  # LocalExecutor's own is two minutes
             with _changed(executor, limit | executor.parameters):
                 for i in range(0, len(array.elements), at_once):
+                    ours.renew()
                     part = [list(element) for element in array.elements[i : i + at_once]]
                     n = len(part)
                     jobs = executor.map_array(
@@ -121,7 +122,7 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
 
 @contextmanager
 def _kept(ours: claim.Claim) -> Iterator[None]:
-    """Renew the claim every minute: a batch of tasks may take hours."""
+    """Renew the claim every minute: a batch of tasks may take hours. Who lost it is told before the next batch."""
     over = threading.Event()
 
     def renew() -> None:

@@ -120,12 +120,9 @@ def train_gan(
         data = expand(data, affine.factor, torch.Generator().manual_seed(derive_seed(seed, "affine")))
         label_data = label_data.repeat(affine.factor) if label_data is not None else None
     data = data.contiguous(memory_format=torch.channels_last)
-    some = torch.randperm(len(data), generator=torch.Generator().manual_seed(grid_seed)).to(device)
-    real = (
-        [data[some[:GRID]]]
-        if label_data is None
-        else [data[some][label_data[some] == c][:GRID] for c in range(classes)]
-    )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(grid_seed)).to(device)
+    of_class = [order] if label_data is None else [order[label_data[order] == c] for c in range(classes)]
+    real = [data[rows[:GRID]].cpu() for rows in of_class]
 
     # Start the evolution, or take it up where a checkpoint left it.
     evolution = Evolution(
@@ -220,9 +217,9 @@ def diversity(images: Tensor) -> float:
 
 
 def relative_diversity(made: list[Tensor], real: list[Tensor]) -> float:
-    """The diversity of images over that of real ones, class by class; of the least diverse class."""
-    shares = [diversity(a) / max(diversity(b.cpu()), 1e-12) for a, b in zip(made, real, strict=True) if len(b) > 1]
-    return min(shares, default=0.0)
+    """The diversity of images over that of real ones, of the least diverse class; 1 where no class has two real ones."""
+    shares = [diversity(a) / max(diversity(b), 1e-12) for a, b in zip(made, real, strict=True) if len(b) > 1]
+    return min(shares, default=1.0)
 
 
 class _Run:

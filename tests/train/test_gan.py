@@ -125,6 +125,9 @@ def test_one_image_per_class_is_no_diversity() -> None:
     assert gan.relative_diversity(same, real) == 0.0
     assert gan.relative_diversity([real[0], same[1]], real) == 0.0
     assert gan.relative_diversity(real, real) == 1.0
+    # A single real image tells nothing of what is diverse.
+    assert gan.relative_diversity(same, [real[0][:1], real[1][:1]]) == 1.0
+    assert gan.relative_diversity([same[0], real[1]], [real[0][:1], real[1]]) == 1.0
 
 
 def test_conditional_samples_follow_the_label() -> None:
