@@ -181,6 +181,12 @@ def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.
     more, notes = more_for_what_lacked_it(workspace, missing, queue, profile)
     notes += [doubt for doubt in [_doubt(queue)] if doubt and any(missing.values())]
     arrays = plan_arrays(missing, profile, queued=held, more=more, max_elements=max_elements(limits))
+    elements = sum(len(array.elements) for array in arrays)
+    if limits.max_submit is not None and elements > limits.max_submit:
+        notes.append(
+            f"you may have {limits.max_submit} jobs queued at once, and these are {elements}: a part is sent now, "
+            "and the same command sends the rest later"
+        )
     n_queued = sum(1 for stage in states for s in states[stage] if not s.done and (stage, s.index) in queue.tasks)
     done = sum(s.done for found in states.values() for s in found)
     return Proposal(arrays, expected(workspace, arrays, states, profile), n_queued, done, notes)
@@ -346,13 +352,13 @@ def describe(array: Array, jobs: Mapping[str, str] | None = None) -> str:
 
 
 def dry_run(workspace: Workspace, profile: Profile, proposal: Proposal) -> tuple[list[dict[str, Any]], bool]:
-    """The sbatch file of each array, and what `sbatch --test-only` says of it; whether all were taken.
+    """The sbatch file of each array, its variables, and what `sbatch --test-only` says of it; whether all were taken.
 
     Numbers of jobs that are not there yet stand as names, and are left out of what Slurm is asked about.
     """
     found, right = [], True
     for array in proposal.arrays:
-        settings(workspace, profile, array.stage)
+        variables = settings(workspace, profile, array.stage)
         text = script(workspace, array, profile, "TOKEN", dependency(array, {}))
         tested = script(workspace, array, profile, "TOKEN", None)
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
@@ -362,7 +368,8 @@ def dry_run(workspace: Workspace, profile: Profile, proposal: Proposal) -> tuple
                 answer = slurm.ask(["sbatch", "--test-only", file.name], environment={"SLURM_TIME_FORMAT": "standard"})
         taken = None if answer.code is None else answer.code == 0
         right = right and taken is not False
-        found.append({"name": array.name, "script": text, "accepted": taken, "answer": answer.err})
+        told = {"accepted": taken, "answer": answer.err}
+        found.append({"name": array.name, "script": text, "variables": variables} | told)
     return found, right
 
 

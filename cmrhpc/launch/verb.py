@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cmrhpc.errors import BadInput, UsageError
 from cmrhpc.launch.arrays import Array
 from cmrhpc.launch.estimate import table
+from cmrhpc.launch.planned import array_ranges
 from cmrhpc.launch.send import send, settings
 from cmrhpc.launch.submit import Proposal, as_json, ask_queue, describe, dry_run, limits_for, propose, submit_all
 from cmrhpc.paths import check_for_slurm
@@ -82,7 +83,8 @@ def _dry_run(workspace: Workspace, profile: Profile, proposal: Proposal, json_wa
     else:
         _show(proposal)
         for array, file in zip(proposal.arrays, found, strict=True):
-            print(f"\n##### {array.name}: {describe(array)}\n{file['script']}")
+            print(f"\n##### {array.name}: {describe(array)}\n##### tasks {array_ranges(sorted(array.tasks))[0]}")
+            print("".join(f"##### {name}={value}\n" for name, value in file["variables"].items()) + file["script"])
             verdict = {True: "accepted", False: "REFUSED", None: "not asked"}[file["accepted"]]
             print(f"##### sbatch --test-only: {verdict}: {file['answer']}")
     if not right:

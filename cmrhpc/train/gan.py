@@ -217,7 +217,7 @@ def diversity(images: Tensor) -> float:
 
 
 def relative_diversity(made: list[Tensor], real: list[Tensor]) -> float:
-    """The diversity of images over that of real ones, of the least diverse class; 1 where no class has two real ones."""
+    """The diversity of images over that of real ones, in the least diverse class; 1 where none has two real images."""
     shares = [diversity(a) / max(diversity(b), 1e-12) for a, b in zip(made, real, strict=True) if len(b) > 1]
     return min(shares, default=1.0)
 

@@ -22,6 +22,7 @@ from cmrhpc.launch.executors import asked_gpus, over
 from cmrhpc.launch.send import dependency, own_parameters, parameters, script, settings
 from cmrhpc.profile import Profile, parse_profile
 from cmrhpc.workspace import Workspace
+from tests.launch.conftest import Put
 
 GOLDEN = Path(__file__).with_name("golden")
 FULL = """
@@ -100,6 +101,23 @@ def test_the_container_of_a_profile(workspace: Workspace, tmp_path: Path) -> Non
     found = settings(workspace, profile, "classify")
     assert found["APPTAINER_BIND"] == "/scratch,/a:/b"
     assert found["CMRHPC_CONTAINER_OPTIONS"] == "--nv --writable-tmpfs"
+
+
+def test_a_dry_run_shows_the_image_and_the_tasks_too(
+    workspace: Workspace, tmp_path: Path, program: Put, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no part of the sbatch file, but of what is sent."""
+    for name in ("cmrhpc.sif", "cmrhpc.sif.sha256"):
+        (tmp_path / name).write_text("0" * 64)
+    (tmp_path / "mine.toml").write_text(f'[container]\nimage = "{tmp_path}/cmrhpc.sif"\nbinds = ["/scratch"]\n')
+    program("squeue", "exit 0")
+    program("sbatch", "exit 0")
+    assert main(["submit", str(workspace.root), "--profile", str(tmp_path / "mine.toml"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    arrays = shown.count("#!/bin/bash")
+    assert shown.count(f"##### CMRHPC_CONTAINER={tmp_path}/cmrhpc.sif\n") == arrays > 5
+    assert shown.count("##### APPTAINER_BIND=/scratch") == arrays
+    assert "##### tasks 0-1\n" in shown
 
 
 def test_ingest_sees_raw_images_that_lie_elsewhere(tmp_path: Path, study_text: str) -> None:

@@ -262,6 +262,14 @@ def test_limits_of_the_cluster_cut_the_arrays() -> None:
     assert submit.max_elements(Limits(1001, 10000, 1)) == 1
 
 
+def test_more_than_may_be_queued_is_told_before(ready: Workspace, program: Put) -> None:
+    program("squeue", "exit 0")
+    profile, queue = parse_profile(""), submit.ask_queue(ready)
+    assert submit.propose(ready, profile, queue, Limits(max_submit=19)).notes == []
+    (note,) = submit.propose(ready, profile, queue, Limits(max_submit=18)).notes
+    assert "you may have 18 jobs queued at once, and these are 19" in note
+
+
 def test_a_damaged_note_of_a_killed_submission_is_cleared(ready: Workspace, program: Put, tmp_path: Path) -> None:
     program("squeue", "exit 0")
     note = ready.root / "submissions" / "asked" / "classify-real-bb.json"
