@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cmrhpc.bench.timing import interleaved, medians, ratio
 from cmrhpc.nets.classifiers import build_classifier
+from cmrhpc.nets.plain import with_plain_layers
 from cmrhpc.study import GENERATORS, Classifier, Compute, Generator
 from cmrhpc.train.classify import DataOrder, Training
 from cmrhpc.train.compute import has_bfloat16, setup_compute
@@ -81,7 +82,10 @@ PEAK_FLOPS = 2 * 32 * 128 * 128 * 9 * 20 * 20
 
 
 def generation(net: str, rounds: int, threads: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Ratios of one generation (batch 32, scoring batch 64) to the plain step, and its share of the peak."""
+    """Ratios of one generation (batch 32, scoring batch 64) to the plain step, and its share of the peak.
+
+    The plain step runs networks of PyTorch's own layers; `same_layers` is the plain step with our layers in it.
+    """
     setup_compute(Compute(threads=threads))
     settings, data = NETS[net], images(N_IMAGES).to(device)
     rng = torch.Generator().manual_seed(1)
@@ -95,7 +99,11 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
         g, d = (n.to(memory_format=torch.channels_last) for n in pair())
         return Evolution(g, d, mutations=settings.mutations, gamma=settings.gamma, bfloat16=bfloat16, workers=workers)
 
-    plain = PlainEvolution(*pair(), mutations=settings.mutations, gamma=settings.gamma)
+    def written_out(g: nn.Module, d: nn.Module) -> PlainEvolution:
+        return PlainEvolution(g, d, mutations=settings.mutations, gamma=settings.gamma)
+
+    plain = written_out(*(with_plain_layers(network) for network in pair()))
+    same_layers = written_out(*pair())
     exact, fast = own(False), own(has_bfloat16(torch.device(device)))
     draws: list[Draws] = []
 
@@ -106,6 +114,7 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
     calls = {
         "draw": draw,
         "plain": undetermined(lambda: plain.generation(draws[0])),
+        "same_layers": undetermined(lambda: same_layers.generation(draws[0])),
         "exact": lambda: exact.generation(draws[0]),
         "fast": lambda: fast.generation(draws[0]),
     }
@@ -116,9 +125,12 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
     return {
         "exact_ratio": ratio(times, "plain", "exact"),
         "fast_ratio": ratio(times, "plain", "fast"),
+        "exact_ratio_same_layers": ratio(times, "same_layers", "exact"),
+        "fast_ratio_same_layers": ratio(times, "same_layers", "fast"),
         "share_of_peak": share["exact"],
         "fast_share_of_peak": share["fast"],
         "plain_s": middle["plain"],
+        "same_layers_s": middle["same_layers"],
         "exact_s": middle["exact"],
         "fast_s": middle["fast"],
         "gflop": flops / 1e9,

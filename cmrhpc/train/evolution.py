@@ -306,10 +306,9 @@ class Evolution:
         With DiffAugment they are judged through one draw for all offspring: D knows no image that is not augmented.
         """
         views = draws.views
-        # The real half of F_d is the same for all offspring. Passes that fill the workers evenly stay whole.
+        # The real half of F_d (None) is the same for all offspring.
         passes = [None, *range(len(offspring))]
-        whole = len(passes) % self.workers.count == 0
-        spans = [slice(0, len(draws.scoring_real))] if whole else self._spans(len(draws.scoring_real))
+        spans = self._spans(len(draws.scoring_real))
 
         def job(seat: Seat, i: int | None, span: slice) -> tuple[Tensor, Tensor]:
             share = (span.stop - span.start) / len(draws.scoring_real)

@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmrhpc.nets.blocks import SLOPE, UpBlock
+from cmrhpc.nets.dae_gan import residual_pair
+from cmrhpc.nets.dcgan import dcgan_pair
+from cmrhpc.nets.plain import PLAIN, with_plain_layers
 from cmrhpc.nets.quick import FewMapsConv2d, FewMapsConvTranspose2d, GroupNorm, block_size
 
 
@@ -101,3 +104,18 @@ def test_up_block_is_its_formula(channels_out: int, up: bool) -> None:
 
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     assert same(values_and_gradients(block, x), values_and_gradients(Written(), x))
+
+
+@pytest.mark.parametrize("make", [residual_pair, dcgan_pair])
+def test_networks_of_pytorchs_own_layers_compute_the_same(make) -> None:  # type: ignore[no-untyped-def]
+    g, d = (network.double() for network in make(16, 1, 6, 8, torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for name, parameter in [*g.named_parameters(), *d.named_parameters()]:
+            if name.endswith("gamma"):
+                parameter.fill_(0.7)  # attention starts as the identity
+    z, x = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 1, 16, 16, dtype=torch.float64)
+    for ours, given in ((g, z), (d, x)):
+        plain = with_plain_layers(ours)
+        assert not any(type(module) in PLAIN for module in plain.modules())
+        assert [n for n, _ in plain.named_parameters()] == [n for n, _ in ours.named_parameters()]
+        assert same(values_and_gradients(ours, given), values_and_gradients(plain, given))
