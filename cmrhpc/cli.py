@@ -119,7 +119,8 @@ def task(args: argparse.Namespace) -> int:
         except UsageError:  # there is no such task: it leaves no record
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            # An OSError names its file, which may be a patient's.
+            reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
             records.write_record(workspace, args.stage, index, records.FAILED, reason)
             raise
     records.write_record(workspace, args.stage, index, records.DONE, message)

@@ -44,8 +44,8 @@ def make_workspace(
 ) -> Made:
     """Write `root`/study.toml from a shipped study or a file; the classes are read from the raw table.
 
-    Raises BadInput for an unknown study, a path with a line break, a workspace that has one already, a table that
-    cannot be read, one class only, or a binary study whose positive class is not told.
+    Raises BadInput for an unknown study, a path with a line break, a workspace that has one already or is the raw
+    folder, a table that cannot be read, one class only, or a binary study whose positive class is not told.
     """
     source = STUDIES / f"{study}.toml"
     if source.stem not in shipped() or os.sep in study:
@@ -57,6 +57,9 @@ def make_workspace(
     target = root / "study.toml"
     if target.exists():
         raise BadInput("the workspace has a study already", str(target), "edit it, or choose another folder")
+    if os.path.realpath(raw) == os.path.realpath(root):
+        mend = "make the workspace elsewhere: ingest writes a cohort.csv of its own"
+        raise BadInput("the raw folder cannot be the workspace", str(root), mend)
     if not raw.is_dir():
         raise BadInput("no such raw folder", str(raw), "`cmrhpc phantom RAW` writes a simulated one")
     try:

@@ -15,6 +15,7 @@ from cmrhpc.study import ArmParts, Study, arm_parts, cell_of
 
 STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
 COHORT, FOLDS, REPORT = "cohort.h5", "folds.h5", "report/sources.json"
+WEIGHTS = "weights"  # what a prediction calls the file that its classifier starts from, among its inputs
 
 
 @dataclass(frozen=True)

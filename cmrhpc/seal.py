@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -52,18 +52,30 @@ def damage(path: Path) -> list[str]:
         return [f"{path.name}: its checksum does not hold"]
     now = _hashes(path, told["files"])
     return [
-        f"{name}: {'its checksum does not hold' if name in now else 'missing'}"
+        f"{name}: {_wrong(now.get(name, 'missing'))}"
         for name, sha256 in told["files"].items()
         if now.get(name) != sha256
     ]
 
 
+def _wrong(found: str) -> str:
+    """In words: what `_hashes` could not read says so itself."""
+    return "its checksum does not hold" if re.fullmatch("[0-9a-f]{64}", found) else found
+
+
 def _hashes(path: Path, names: Collection[str]) -> dict[str, str]:
-    """sha256 of those files of the folder that are named; what an editor or a file system leaves there is not ours."""
+    """sha256 of those files of the folder that are named, or why one cannot be read.
+
+    What an editor or a file system leaves there is not ours.
+    """
     found = {}
     for file in sorted(path.parent.rglob("*")):
         name = file.relative_to(path.parent).as_posix()
         if name in names and file.is_file() and not file.is_symlink():
-            with contextlib.suppress(FileNotFoundError):  # a second process just removed it
+            try:
                 found[name] = sha256_file(file)
+            except FileNotFoundError:
+                pass  # a second process just removed it
+            except OSError as error:
+                found[name] = f"cannot be read: {error.strerror or error}"
     return found

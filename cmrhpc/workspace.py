@@ -22,7 +22,7 @@ from typing import Any
 from cmrhpc import external, files, seal, shards
 from cmrhpc import plan as planning
 from cmrhpc.errors import BadInput, CmrhpcError
-from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, Task
+from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, WEIGHTS, Task
 from cmrhpc.study import Study, load_study
 
 SHARD_FOLDERS = ("synthetic", "refined", "predictions")
@@ -93,6 +93,10 @@ class Workspace:
         """The folder of an external generator's images; a relative path in the study starts at the workspace."""
         return (self.root / self.study.generators[generator].external).absolute()
 
+    def weights(self, classifier: str) -> Path:
+        """The file that a classifier starts from; a relative path in the study starts at the workspace."""
+        return (self.root / self.study.classifiers[classifier].weights).absolute()
+
     @cached_property
     def study_sha256(self) -> str:
         return shards.sha256_file(self.study_path)
@@ -158,7 +162,7 @@ class Workspace:
             path = folder / f"{number:04d}.json"
             try:
                 tasks = [Task.from_json(values) for values in _read_segment(path)]
-                if any(task.stage != stage for task in tasks):
+                if any(task.stage != stage or not task.output for task in tasks):
                     raise ValueError("it lists tasks of another stage")
                 if not set(tasks).isdisjoint(found):
                     raise ValueError("an earlier list holds its tasks")
@@ -223,8 +227,13 @@ class Workspace:
                 files.atomic_write(path, json.dumps({"shards": entries, "sha256": shards.sha256_of(entries)}))
         return now
 
-    def read_entry(self, name: str, inode: int = 0) -> Entry | None:
-        """What a shard says of itself, from its file; None when it is damaged or missing."""
+    def read_entry(self, name: str, inode: int = 0, hashed: bool = False) -> Entry | None:
+        """What a shard says of itself, from its file; None when it is damaged or missing.
+
+        hashed: the caller has just seen that its checksum holds. A flipped bit can hang the library that opens it.
+        """
+        if not hashed and shards.damage_of(self.path(name)):
+            return None
         try:
             header = shards.read_header(self.path(name))
         except (CmrhpcError, OSError):
@@ -257,11 +266,13 @@ class Judge:
         self, workspace: Workspace, check: bool = False, read: Mapping[str, Entry] | None = None, raw: bool = False
     ):
         self.workspace, self.study, self.check, self.read, self.raw = workspace, workspace.study, check, read or {}, raw
-        self.index = workspace.index() if read is None else dict(read)
+        # With `check` every entry is read from its file: nothing that was not hashed is opened.
+        self.index = {} if check and read is None else dict(read) if read is not None else workspace.index()
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
         self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
         self.hashes: dict[str, str] = {}
         self.sums: dict[str, dict[str, dict[str, str]]] = {}  # of the external generators, each read once
+        self.weights: dict[str, str] = {}
         self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
 
     def stage(self, stage: str, freeze: bool = True) -> list[State]:
@@ -307,7 +318,7 @@ class Judge:
                 wrong = shards.damage_of(file)
                 if wrong and wrong != "missing":
                     return f"damaged: {wrong}"
-                entry = None if wrong else self.workspace.read_entry(output)
+                entry = None if wrong else self.workspace.read_entry(output, hashed=True)
             if entry:
                 self.index[output] = entry
         if entry is None:
@@ -327,6 +338,9 @@ class Judge:
         images = told.pop(external.input_name(task), "") if task.stage == "synthesize" else ""
         if images and (wrong := self._external_reason(task, images)):
             return wrong
+        weights = told.pop(WEIGHTS, "") if task.stage == "classify" else ""
+        if weights and self._weights_sha256(task.classifier) not in ("", weights):
+            return f"the weights that {task.classifier} starts from changed"
         if sorted(told) != sorted(asked):
             return "it reads other shards now"
         for path in asked:
@@ -347,12 +361,16 @@ class Judge:
         return f"settings changed: {'; '.join(changes[:5])}" if changes else "its settings changed"
 
     def _table_reason(self, entry: Entry) -> str:
-        """The raw table is compared where it can be reached; on a laptop without raw data it is not."""
+        """The raw table is compared where it can be read; on a laptop without raw data it is not."""
         table = self.workspace.raw / self.study.data.table
         told = entry.inputs.get(self.study.data.table)
-        if told and table.is_file() and shards.sha256_file(table) != told:
+        try:
+            now = shards.sha256_file(table)
+        except OSError:
+            return ""
+        if told and now != told:
             return f"the table {self.study.data.table} changed"
-        return self._raw_reason() if self.raw and table.is_file() else ""
+        return self._raw_reason() if self.raw else ""
 
     def _raw_reason(self) -> str:
         """Whether the raw images and masks are those that the cohort's report names."""
@@ -364,16 +382,20 @@ class Judge:
             rows = read_table(self.workspace.raw, data.table, data.columns)  # no link that leads out is followed
         except BadInput as error:
             return f"{error.where}: {error.what}"
+        path = self.workspace.path(COHORT)
+        report = path.with_suffix(".csv")
         try:
-            report = files.read_plain(self.workspace.path(COHORT).with_suffix(".csv")).decode()
-        except (OSError, UnicodeDecodeError):
-            return ""  # the report is a companion of the cohort and checked as such
-        return sources.changed(rows, self.workspace.raw, report)
+            text = files.read_plain(report)
+            whole = shards.read_header(path).files.get(report.name) == shards.sha256_of(text)
+        except (CmrhpcError, OSError):
+            whole = False
+        # A damaged report is a companion of the cohort and told as such.
+        return sources.changed(rows, self.workspace.raw, text.decode()) if whole else ""
 
     def _external_reason(self, task: Task, told: str) -> str:
         """External images are compared where their folder can be reached: by their list, with `check` each file."""
         root = self.workspace.external(task.generator)
-        if not (root / external.SUMS).is_file():
+        if not os.access(root / external.SUMS, os.R_OK):
             return ""
         try:
             if task.generator not in self.sums:
@@ -384,6 +406,15 @@ class Judge:
         if place.content_sha256 != told:
             return f"the external images of {place.name} changed"
         return place.damage() if self.check else ""
+
+    def _weights_sha256(self, classifier: str) -> str:
+        """Of the file that a classifier starts from; empty where it cannot be read."""
+        if classifier not in self.weights:
+            try:
+                self.weights[classifier] = shards.sha256_file(self.workspace.weights(classifier))
+            except OSError:
+                self.weights[classifier] = ""
+        return self.weights[classifier]
 
     def _report_reason(self) -> str:
         report = self.workspace.path(REPORT)

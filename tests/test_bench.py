@@ -117,3 +117,12 @@ def test_real_steps_of_every_kind_of_task_are_measured() -> None:
 def test_the_parts_that_run_alone_are_no_command() -> None:
     done = subprocess.run([sys.executable, "-m", "cmrhpc.bench.child"], capture_output=True, text=True)
     assert done.returncode
+
+
+def test_many_models_train_side_by_side_and_one_that_ends_is_told() -> None:
+    from cmrhpc.bench.training import many_models
+    from cmrhpc.errors import CmrhpcError
+
+    assert many_models(2, 1, "cpu", "dcgan") > 0
+    with pytest.raises(CmrhpcError, match="one of them ended"):
+        many_models(1, 1, "cpu", "no such net")

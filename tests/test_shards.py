@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from cmrhpc import shards
+from cmrhpc import files, shards
 from cmrhpc.errors import BadInput
 
 RNG = np.random.default_rng(0)
@@ -148,6 +148,8 @@ def hostile(path: Path, change: str, secret: Path) -> None:
             del file.attrs["task"]
         elif change == "attribute of another kind":
             file.attrs["inputs"] = np.bytes_(b"[1]")
+        elif change == "no number":
+            file.attrs["task"] = np.bytes_(b'{"fold": NaN}')
     shards._stamp(path)
 
 
@@ -156,6 +158,7 @@ def hostile(path: Path, change: str, secret: Path) -> None:
     [
         "soft link", "external link", "external storage", "virtual dataset", "huge shape", "group",
         "variable length", "unlisted dataset", "no attribute", "attribute of another kind",
+        "no number",
     ],
 )  # fmt: skip
 def test_hostile_shards_are_refused(tmp_path: Path, change: str) -> None:
@@ -222,3 +225,36 @@ def test_inside_an_image_its_checksum_is_told(tmp_path: Path, monkeypatch: pytes
     assert shards._provenance()["container_sha256"] == ""
     monkeypatch.setenv("CMRHPC_CONTAINER_SHA256", "cd" * 32)
     assert shards._provenance()["container_sha256"] == "cd" * 32
+
+
+def test_a_shard_that_another_process_finished_is_not_half_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.h5", companions={".jsonl": b"one", ".png": b"one"})
+    identity = os.stat(tmp_path / "a.h5").st_ino
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "atomic_write", killed)  # at its first companion
+    write(tmp_path / "a.h5", companions={".jsonl": b"two", ".png": b"two"})
+    monkeypatch.undo()
+    assert os.stat(tmp_path / "a.h5").st_ino == identity
+    assert sorted(os.listdir(tmp_path)) == ["a.h5", "a.jsonl", "a.png"]
+    assert shards.check_companions(shards.read_shard(tmp_path / "a.h5"), tmp_path) == []
+    # Where a companion is damaged, or gone, the shard is written again with its own.
+    (tmp_path / "a.png").write_bytes(b"damaged")
+    write(tmp_path / "a.h5", companions={".jsonl": b"two", ".png": b"two"})
+    assert (tmp_path / "a.jsonl").read_bytes() == b"two"
+    assert shards.check_companions(shards.read_shard(tmp_path / "a.h5"), tmp_path) == []
+
+
+def test_a_companion_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.h5", companions={".jsonl": b"one"})
+    shard = shards.read_shard(tmp_path / "a.h5")
+
+    def unreadable(path: Path, start: int = 0) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(shards, "sha256_file", unreadable)
+    assert shards.check_companions(shard, tmp_path) == [("a.jsonl", "cannot be read: Input/output error")]

@@ -53,7 +53,19 @@ def predict(study: str, kind: str, name: str, images: str, validation: str, synt
     return measure(Study.from_json(json.loads(study)), kind, name, int(images), int(validation), int(synthetic))
 
 
-CALLS: dict[str, Callable[..., dict[str, Any]]] = {"ingest": ingest, "task": task, "predict": predict}
+def model(generations: str, seed: str, device: str, net: str) -> dict[str, Any]:
+    """One of many models: says when it is warm, and trains on when its stdin is closed."""
+    from cmrhpc.bench.training import train_one_of_many
+
+    def ready() -> None:
+        os.write(OUT, b"ready\n")
+        sys.stdin.read()
+
+    train_one_of_many(int(generations), int(seed), device, ready, net)
+    return {}
+
+
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {"ingest": ingest, "task": task, "predict": predict, "model": model}
 
 
 def main(arguments: list[str]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import flop_registry
 
 from cmrhpc.bench.timing import interleaved, medians, ratio
+from cmrhpc.errors import CmrhpcError
 from cmrhpc.nets.classifiers import build_classifier
 from cmrhpc.nets.plain import with_plain_layers
 from cmrhpc.study import GENERATORS, Classifier, Compute, Generator
@@ -41,18 +45,28 @@ def images(count: int, size: int = SIZE, channels: int = 1) -> Tensor:
     return torch.tanh(F.interpolate(coarse, size=(size, size), mode="bilinear"))
 
 
-def undetermined(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call without deterministic algorithms, which a plain script does not ask for."""
+def under(compute: Compute | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with the arithmetic of a task; with None that of a plain script, which sets none of it."""
 
     def run() -> Any:
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
-        try:
+        if compute:
+            setup_compute(compute)
             return call()
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+        return call()
 
     return run
+
+
+def modes(threads: int, device: torch.device | str) -> dict[str, Compute]:
+    """Exact and fast as tasks run them; on a GPU fast is measured without deterministic algorithms too."""
+    exact = Compute(threads=threads)
+    return {
+        "exact": exact,
+        "fast": dataclasses.replace(exact, mode="fast", deterministic=torch.device(device).type == "cpu"),
+    }
 
 
 def settled(call: Callable[[], Any], device: torch.device | str) -> Callable[[], Any]:
@@ -69,16 +83,28 @@ def settled(call: Callable[[], Any], device: torch.device | str) -> Callable[[],
 
 
 def convolution_peak(device: torch.device | str = "cpu") -> dict[str, Callable[[], object]]:
-    """Calls of `peak_flops` floating-point operations each: a convolution that suits the hardware, per format."""
+    """Calls of `peak_flops(device)` floating-point operations: a convolution that suits the hardware, per format."""
     calls: dict[str, Callable[[], object]] = {}
     for name, kind in (("peak_exact", torch.float32), ("peak_fast", torch.bfloat16)):
         x = torch.randn(32, 128, 20, 20, device=device).to(kind, memory_format=torch.channels_last)
         weight = torch.randn(128, 128, 3, 3, device=device).to(kind, memory_format=torch.channels_last)
-        calls[name] = functools.partial(F.conv2d, x, weight, padding=1)
+        one = functools.partial(F.conv2d, x, weight, padding=1)
+        calls[name] = functools.partial(_often, one, _peak_calls(device))
     return calls
 
 
-PEAK_FLOPS = 2 * 32 * 128 * 128 * 9 * 20 * 20
+def _often(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def _peak_calls(device: torch.device | str) -> int:
+    """Enough that a GPU's launches and its last wait do not count."""
+    return 1 if torch.device(device).type == "cpu" else 200
+
+
+def peak_flops(device: torch.device | str) -> int:
+    return _peak_calls(device) * 2 * 32 * 128 * 128 * 9 * 20 * 20
 
 
 def generation(net: str, rounds: int, threads: int, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -86,7 +112,8 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
 
     The plain step runs networks of PyTorch's own layers; `same_layers` is the plain step with our layers in it.
     """
-    setup_compute(Compute(threads=threads))
+    compute = modes(threads, device)
+    setup_compute(compute["exact"])
     settings, data = NETS[net], images(N_IMAGES).to(device)
     rng = torch.Generator().manual_seed(1)
     latent = Latent.draw(settings.components, settings.latent_dim, torch.Generator().manual_seed(2))
@@ -113,15 +140,16 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
     peak = convolution_peak(device)
     calls = {
         "draw": draw,
-        "plain": undetermined(lambda: plain.generation(draws[0])),
-        "same_layers": undetermined(lambda: same_layers.generation(draws[0])),
-        "exact": lambda: exact.generation(draws[0]),
-        "fast": lambda: fast.generation(draws[0]),
+        "plain": under(None, lambda: plain.generation(draws[0])),
+        "same_layers": under(None, lambda: same_layers.generation(draws[0])),
+        "exact": under(compute["exact"], lambda: exact.generation(draws[0])),
+        "fast": under(compute["fast"], lambda: fast.generation(draws[0])),
     }
     times = interleaved({n: settled(c, device) for n, c in (calls | peak).items()}, rounds, warmup=2)
     middle = medians(times)
     flops = _flops(own(False, workers=1), draws[0])
-    share = {mode: (flops / middle[mode]) / (PEAK_FLOPS / min(times[f"peak_{mode}"])) for mode in ("exact", "fast")}
+    peaks = {mode: peak_flops(device) / min(times[f"peak_{mode}"]) for mode in ("exact", "fast")}
+    share = {mode: flops / middle[mode] / peaks[mode] for mode in peaks}
     return {
         "exact_ratio": ratio(times, "plain", "exact"),
         "fast_ratio": ratio(times, "plain", "fast"),
@@ -134,8 +162,8 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
         "exact_s": middle["exact"],
         "fast_s": middle["fast"],
         "gflop": flops / 1e9,
-        "peak_gflop_per_s": PEAK_FLOPS / min(times["peak_exact"]) / 1e9,
-        "fast_peak_gflop_per_s": PEAK_FLOPS / min(times["peak_fast"]) / 1e9,
+        "peak_gflop_per_s": peaks["exact"] / 1e9,
+        "fast_peak_gflop_per_s": peaks["fast"] / 1e9,
     }
 
 
@@ -162,7 +190,7 @@ def _flops(evolution: Evolution, draws: Draws) -> int:
 def classifier(network: str, rounds: int, threads: int, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Ratios of a training step to a plain loop with a DataLoader, both from data in memory, batch 32."""
     settings = Classifier(network=network)
-    compute = {mode: Compute(mode=mode, threads=threads) for mode in ("exact", "fast")}
+    compute = modes(threads, device)
     setup_compute(compute["exact"])
     data, labels = images(N_IMAGES), torch.arange(N_IMAGES) % 2
 
@@ -188,10 +216,10 @@ def classifier(network: str, rounds: int, threads: int, device: torch.device | s
         training = Training(data, labels, settings, compute[mode], 2, 0, torch.device(device))
         training.model.train()
         order = DataOrder(N_IMAGES, settings.batch, 0)
-        return lambda: float(training.step(order.next()))
+        return under(compute[mode], lambda: float(training.step(order.next())))
 
     plain.train()
-    calls = {"plain": undetermined(plain_step), "exact": own("exact"), "fast": own("fast")}
+    calls = {"plain": under(None, plain_step), "exact": own("exact"), "fast": own("fast")}
     times = interleaved(calls, rounds, warmup=2)
     middle = medians(times)
     return {
@@ -204,43 +232,49 @@ def classifier(network: str, rounds: int, threads: int, device: torch.device | s
     }
 
 
-def many_models(count: int, generations: int, net: str = "dae-gan-32") -> float:
-    """Generations per second in total of `count` models side by side on one GPU, each on a stream of its own."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    settings, device = NETS[net], torch.device("cuda")
-    data = images(N_IMAGES).to(device)
+def train_one_of_many(generations: int, seed: int, device: str, ready: Callable[[], None], net: str) -> None:
+    """Generations of one model in fast mode: some to warm up, then `ready`, then as many as asked for."""
+    compute = modes(1, device)["fast"]
+    setup_compute(compute)
+    settings, data = NETS[net], images(N_IMAGES).to(device)
     latent = Latent.draw(settings.components, settings.latent_dim, torch.Generator().manual_seed(2))
+    g, d = (n.to(device, memory_format=torch.channels_last) for n in build_pair(settings, SIZE, 1, 2, seed))  # type: ignore[call-overload]
+    evolution = Evolution(g, d, bfloat16=has_bfloat16(torch.device(device)))
+    rng = torch.Generator().manual_seed(seed)
+    step = settled(lambda: evolution.generation(draw_generation(settings, latent, data, None, 0, 1, rng)), device)
+    _often(step, 3)
+    ready()
+    _often(step, generations)
 
-    def train(seed: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            g, d = (n.to(device, memory_format=torch.channels_last) for n in build_pair(settings, SIZE, 1, 2, seed))  # type: ignore[call-overload]
-            evolution, rng = Evolution(g, d, bfloat16=has_bfloat16(device)), torch.Generator().manual_seed(seed)
-            for number in range(generations + 3):
-                if number == 3:
-                    torch.cuda.current_stream().synchronize()
-                    ready.wait()
-                evolution.generation(draw_generation(settings, latent, data, None, 0, 1, rng))
-            torch.cuda.current_stream().synchronize()
 
-    import threading
-    import time
-
-    ready = threading.Barrier(count + 1)
-    with ThreadPoolExecutor(count) as pool:
-        waiting = [pool.submit(train, seed) for seed in range(count)]
-        ready.wait()
+def many_models(count: int, generations: int, device: str = "cuda", net: str = "dae-gan-32") -> float:
+    """Generations per second in total of `count` processes with a model each on one device, as tasks of a study run."""
+    command = [sys.executable, "-m", "cmrhpc.bench.child", "model"]
+    children = [
+        subprocess.Popen(
+            [*command, str(generations), str(seed), device, net], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for seed in range(count)
+    ]
+    try:
+        for child in children:
+            if not child.stdout.readline():  # type: ignore[union-attr]
+                raise CmrhpcError(f"{count} models do not run side by side on {device}: one of them ended")
         begun = time.perf_counter()
-        for one in waiting:
-            one.result()
-    return count * generations / (time.perf_counter() - begun)
+        for child in children:
+            child.stdin.close()  # type: ignore[union-attr]
+        if any([child.wait() for child in children]):
+            raise CmrhpcError(f"{count} models do not run side by side on {device}: one of them ended")
+        return count * generations / (time.perf_counter() - begun)
+    finally:
+        for child in children:
+            child.kill()
 
 
 def gpu(rounds: int) -> dict[str, Any] | None:
     """Generations per second for 1, 8 and 32 models on this machine's GPU, or None where there is none."""
     if not torch.cuda.is_available():
         return None
-    setup_compute(dataclasses.replace(Compute(mode="fast", threads=1), deterministic=False))
     one = generation("dae-gan-32", rounds, 1, "cuda")
     rates = {str(count): many_models(count, max(10, 10 * rounds // count)) for count in (1, 8, 32)}
     return {

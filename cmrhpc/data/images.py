@@ -176,8 +176,8 @@ def _reader_of(path: Path, where: str, what: str) -> tuple[str, bytes]:
         found = re.search(rb"(?im)^.*ElementDataFile[^\n]*", head)
         whole = bool(found and re.fullmatch(rb"ElementDataFile *= *LOCAL *\r?", found.group()))
     elif kind == "NrrdImageIO":
-        header = head.replace(b"\r\n", b"\n").partition(b"\n\n")[0]
-        whole = head.startswith(b"NRRD") and not re.search(rb"(?i)data *file *:", header)
+        header, end, _ = head.replace(b"\r\n", b"\n").partition(b"\n\n")
+        whole = bool(end) and head.startswith(b"NRRD") and not re.search(rb"(?i)data *file *:", header)
     elif kind == "NiftiImageIO":
         whole = _one_nifti_file(path, head)
     else:

@@ -174,9 +174,16 @@ def ingest(
 def _read_table(raw: Path, data: Data, classes: Sequence[str]) -> tuple[list[Row], str]:
     """The rows, and the hash of the very table that they were read from: it may be edited while images are read."""
     path = Path(raw) / data.table
-    before = shards.sha256_file(path) if path.is_file() else ""
+
+    def now() -> str:
+        try:
+            return shards.sha256_file(path)
+        except OSError:  # `read_table` says what is wrong
+            return ""
+
+    before = now()
     rows = read_table(raw, data.table, data.columns, classes=classes)
-    if shards.sha256_file(path) != before:
+    if now() != before or not before:
         raise BadInput("the table changed while it was read", data.table, "run the same command again")
     return rows, before
 

@@ -289,6 +289,9 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
         except CmrhpcError as error:
             print(error)
             tell(records.FAILED, error.what, error.where, error.mend)
+        except OSError as error:  # of a file system: its file may bear a patient's name, so it is not told
+            print(f"error: {error.strerror or type(error).__name__}")
+            tell(records.FAILED, error.strerror or type(error).__name__, "", "mend the file system, then run again")
         except BaseException as error:
             traceback.print_exc()
             mend = "the log holds the traceback; this is a fault of the program"

@@ -55,6 +55,13 @@ fi
 
 # What a task says goes to its log. Slurm's own file keeps Slurm's own words; without any it is taken away.
 mkdir -p "$workspace/logs"
+for file in "$workspace/logs" "${tasks[@]/#/$workspace/logs/${stage}_}"; do
+    [ "$file" = "$workspace/logs" ] || file=$file.log
+    if [ -L "$file" ] || { [ -e "$file" ] && [ ! -f "$file" ] && [ "$file" != "$workspace/logs" ]; }; then
+        echo "$file is a link or no plain file: remove it, then submit again" >&2
+        exit 3
+    fi
+done
 for index in "${tasks[@]}"; do
     "${command[@]}" --index "$index" >> "$workspace/logs/${stage}_$index.log" 2>&1 &
     children+=($!)

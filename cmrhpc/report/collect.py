@@ -146,12 +146,11 @@ def _shard_paths(place: Path) -> Iterator[Path]:
 
 def _read(path: Path, pool: _Pool) -> _Found:
     """Read one shard whole. Raises BadInput when it cannot be used, whatever the study."""
-    shard = shards.read_shard(path, SCHEMA)
+    kinds = _NEEDED | _OPTIONAL
+    shard, data = shards.read_shard_with(path, kinds, SCHEMA)
     absent = [name for name in _NEEDED if name not in shard]
     if absent:
         raise BadInput(f"it lacks {', '.join(absent)}")
-    kinds = _NEEDED | _OPTIONAL
-    data = shard.read_many(name for name in kinds if name in shard)
     for name, values in data.items():
         if values.dtype.kind != kinds[name] or values.ndim != (2 if name.endswith("score") else 1):
             raise BadInput(f"its dataset {name} has the wrong type or shape")
@@ -188,14 +187,14 @@ class Asked:
         self.root, self.study = root, study
         self.reference = reference  # content hashes of cohort and folds when the files are not at hand
         self.makers = {t.output: t for stage in ("synthesize", "refine") for t in plan.tasks(study, stage)}
-        self.headers: dict[str, shards.Header | None] = {}
+        self.headers: dict[str, shards.Shard | None] = {}
         self.verdicts: dict[str, str] = {}
         self.hashes: dict[tuple[str, ...], str] = {}  # settings hash by what a task's settings depend on
 
-    def header(self, path: str) -> shards.Header | None:
+    def header(self, path: str) -> shards.Shard | None:
         if path not in self.headers:
             try:
-                self.headers[path] = shards.read_header(self.root / path)
+                self.headers[path] = shards.read_shard(self.root / path)
             except (CmrhpcError, OSError):
                 self.headers[path] = None
         return self.headers[path]
@@ -334,10 +333,11 @@ def _made_from(
     by_fold = {fold: pool.keep(np.unique(np.concatenate(list(ids.values())))) for fold, ids in tested.items()}
     found = {}
     for path, task in behind.items():
-        if not asked.header(path):
+        shard = asked.header(path)
+        if shard is None or shard.schema != "images-1":
             continue
         try:
-            made_from = shards.read_shard(asked.root / path, "images-1")["train_id"]
+            made_from = shard["train_id"]
         except CmrhpcError:
             continue
         if made_from.dtype.kind == "S" and made_from.ndim == 1:

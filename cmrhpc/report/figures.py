@@ -156,7 +156,7 @@ def ratio_curve(result: Result, metric: str) -> bytes | None:
         ax.set_ylabel(name_of_it, fontsize=8)
         ax.set_title(plain(name), fontsize=10, loc="left")
         ax.tick_params(labelsize=8)
-        ax.legend(fontsize=7.5, frameon=False, ncols=2)
+        ax.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.2), borderaxespad=0)
     return png(figure)
 
 

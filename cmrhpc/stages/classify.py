@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from cmrhpc import shards
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.errors import BadInput
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.plan import COHORT, FOLDS, WEIGHTS
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
@@ -73,6 +74,15 @@ def classify(context: Context) -> None:
     train = training_set(context)
     validation = held_out_images(cohort, folds, task.repeat, task.fold, "validation")
     test = held_out_images(cohort, folds, task.repeat, task.fold, "test")
+    settings = study.classifiers[task.classifier]
+    if settings.weights:
+        weights = context.workspace.weights(task.classifier)
+        try:
+            context.beside[WEIGHTS] = shards.sha256_file(weights)
+        except OSError as error:
+            what = f"cannot read the weights {settings.weights}: {error.strerror or error}"
+            raise BadInput(what, str(weights), "give a safetensors file") from None
+        settings = dataclasses.replace(settings, weights=str(weights))
     log = TrainingLog()
     device = choose_device(study.compute)
     trained = train_classifier(
@@ -80,7 +90,7 @@ def classify(context: Context) -> None:
         train.labels,
         torch.from_numpy(validation.images),
         torch.from_numpy(validation.labels),
-        study.classifiers[task.classifier],
+        settings,
         study.compute,
         n_classes=len(study.classes),
         init_seed=derive_seed(context.seed, "init"),

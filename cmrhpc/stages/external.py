@@ -51,6 +51,7 @@ def take_in(context: Context) -> None:
         what = f"{len(names)} images, but ratio {highest:g} needs {needed}"
         raise BadInput(what, place.name, "make more images, or ask for lower ratios", str(root))
     images = _read(context, place, names, real.images.shape[1:])
+    context.beside[external.input_name(task)] = place.content_sha256
     context.write(
         {
             "image": images,
@@ -59,7 +60,6 @@ def take_in(context: Context) -> None:
         },
         schema="images-1",
         companions={".png": pictures.grid(images[:SHOWN], columns=8, scale=2)},
-        more_inputs={external.input_name(task): place.content_sha256},
     )
 
 

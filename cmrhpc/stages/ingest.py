@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from cmrhpc import plan as planning
 from cmrhpc import shards
 from cmrhpc.data.folds import make_folds
 from cmrhpc.data.ingest import ingest
-from cmrhpc.errors import Checkpointed
+from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.plan import COHORT, FOLDS, Task
 from cmrhpc.workspace import Judge, Workspace
 
@@ -34,6 +35,9 @@ def run_ingest(
             raise Checkpointed(f"stopped on request after image {done} of {total}, nothing kept", mend="run it again")
 
     study = workspace.study
+    if os.path.realpath(workspace.raw) == os.path.realpath(workspace.root):
+        mend = "move the raw images to a folder of their own and name it in study.toml [data]"
+        raise BadInput("the raw folder is the workspace: cohort.csv would be overwritten", str(workspace.root), mend)
     if judge.whole(COHORT):
         begun = time.time()
         summary = ingest(

@@ -43,16 +43,20 @@ class Context:
     should_stop: Callable[[], bool]
     progress: Progress
     begun: float = field(default_factory=time.time)
+    beside: dict[str, str] = field(default_factory=dict)  # name -> sha256 of what is read beside the shards
 
     @property
     def seed(self) -> int:
         return planning.seed(self.workspace.study, self.task)
 
-    def write(self, datasets: Any, *, schema: str, **more: Any) -> None:
-        """Write the task's shard with its provenance; keywords as for `shards.write_shard`.
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Content of everything that the task reads."""
+        return {path: shard.content_sha256 for path, shard in self.inputs.items()} | self.beside
 
-        more_inputs: name -> sha256 of what was read beside the shards.
-        """
+    def write(self, datasets: Any, *, schema: str, **more: Any) -> None:
+        """Write the task's shard with its provenance; keywords as for `shards.write_shard`."""
+        self._refuse_older()
         info = {"seconds": round(time.time() - self.begun, 3), "study_sha256": self.workspace.study_sha256}
         shards.write_shard(
             self.workspace.path(self.task.output),
@@ -60,11 +64,23 @@ class Context:
             schema=schema,
             task=self.task.to_json(),
             settings=planning.settings(self.workspace.study, self.task),
-            inputs={path: shard.content_sha256 for path, shard in self.inputs.items()} | more.pop("more_inputs", {}),
+            inputs=self.hashes,
             seed=self.seed,
             info=info | more.pop("info", {}),
             **more,
         )
+
+    def _refuse_older(self) -> None:
+        """Raises Incomplete where the study was edited since the task began and its shard was made anew meanwhile."""
+        now, before, task = Workspace(self.workspace.root), self.workspace.study, self.task
+        if task.output not in now.wanted(task.stage):
+            return
+        same = planning.settings(now.study, task) == planning.settings(before, task)
+        if same and planning.seed(now.study, task) == planning.seed(before, task):
+            return
+        if not Judge(now, check=True).verdict(task.output):
+            what = f"{task.title}: study.toml changed meanwhile, and the task was done anew: this result is dropped"
+            raise Incomplete(what, str(self.workspace.path(task.output)), "nothing is to be done")
 
 
 @contextlib.contextmanager
@@ -109,7 +125,8 @@ def run_task(
     task = find_task(workspace, stage, index)
     if task.output not in workspace.wanted(stage):
         return f"{task.title}: the study no longer asks for this task; nothing to do"
-    workspace.remove_stale(workspace.path(task.output).parent)
+    for folder in (workspace.path(task.output).parent, workspace.checkpoint_folder(task)):
+        workspace.remove_stale(folder)
     judge = Judge(workspace, check=True, raw=stage == "ingest")
     if not judge.reason(task):
         workspace.clear_checkpoints(task)

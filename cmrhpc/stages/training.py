@@ -34,7 +34,7 @@ def checkpoints(context: Context, log: TrainingLog) -> Checkpoints:
         "task": context.task.to_json(),
         "settings": planning.settings(study, context.task),
         "seed": context.seed,
-        "inputs": {path: shard.content_sha256 for path, shard in context.inputs.items()},
+        "inputs": context.hashes,
     }
     folder = context.workspace.checkpoint_folder(context.task)
     return Checkpoints(folder, belongs_to, study.compute.checkpoint_seconds)

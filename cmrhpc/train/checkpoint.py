@@ -76,6 +76,7 @@ class Checkpoints:
         self.folder, self.every_seconds, self.keep = Path(folder), every_seconds, keep
         self.settings = json.loads(json.dumps(settings))
         self._last, self._made_by = time.monotonic(), "unknown"
+        self._damaged: set[Path] = set()
 
     def due(self) -> bool:
         """Whether `every_seconds` have passed since the last checkpoint (or since the start)."""
@@ -93,7 +94,8 @@ class Checkpoints:
         )
         digest = hashlib.sha256(blob).hexdigest().encode()
         atomic_write(self.folder / f"step{step:010d}{SUFFIX}", digest + b"\n" + blob)
-        for old in self._files()[self.keep :]:
+        # Damaged ones would count among the newest for ever.
+        for old in [*self._damaged, *[path for path in self._files() if path not in self._damaged][self.keep :]]:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 old.unlink()
         self._last = time.monotonic()
@@ -106,6 +108,7 @@ class Checkpoints:
         for path in self._files():
             read = _read(path)
             if read is None:
+                self._damaged.add(path)
                 continue
             saved, settings, made_by, written_as = read
             different = differences(settings, self.settings)

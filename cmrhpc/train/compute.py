@@ -23,10 +23,14 @@ def setup_compute(compute: Compute) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc not to give tensors' memory back to the kernel: page faults cost more than the arithmetic on them."""
-    trim_threshold, mmap_threshold = -1, -3
+    """Tell glibc not to give tensors' memory back to the kernel: page faults cost more than the arithmetic on them.
+
+    One arena for all threads: those that further threads get are given back whatever the thresholds say.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
     try:
         libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 1)
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
     except (OSError, AttributeError):

@@ -123,8 +123,11 @@ class Evolution:
         self.d_first, self.d_second = torch.zeros_like(self.d.vector), torch.zeros_like(self.d.vector)
         self.normed = spectral_layers(discriminator)
 
-    def generation(self, draws: Draws) -> Outcome:
-        """Train D, make every parent's offspring, score them, keep the best with their own optimizer states."""
+    def generation(self, draws: Draws, score: bool = True) -> Outcome:
+        """Train D, make every parent's offspring, score them, keep the best with their own optimizer states.
+
+        score: False leaves out the scores (zeros then) where all offspring survive, so that they decide nothing.
+        """
         loss_d = torch.stack([self._train_discriminator(draws, t) for t in range(len(draws.real))]).mean()
         loss_g, gradients, buffers = self._mutate(draws)
         self.step += 1
@@ -135,7 +138,10 @@ class Evolution:
         )
 
         # Score them on the same noise and the same real images, and select.
-        f_q, f_d = self._score(draws, offspring, buffers)
+        if score or len(offspring) > self.survivors:
+            f_q, f_d = self._score(draws, offspring, buffers)
+        else:
+            f_q = f_d = torch.zeros_like(loss_g)
         fitness = (f_q + self.gamma * f_d).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = torch.sort(fitness, descending=True, stable=True).indices[: self.survivors]
         self.parents, self.first, self.second = offspring[order], first[order], second[order]
@@ -247,23 +253,27 @@ class Evolution:
         label = None if draws.training_label is None else draws.training_label[k, span]
         view = None if draws.views is None else draws.views.training[span]
         share = len(noise[span]) / len(noise)
+        found = None
         if not self.mixes and label is None and len(mutations) > 1:
-            values, gradients = self._together(seat, noise[span], mutations, share, view)
+            found = self._together(seat, noise[span], mutations, share, view)
+        if found:
+            values, gradients = found
         else:
             images, _ = self._run(seat.module, noise[span], label)
             values, upstream = self._image_gradients(images.detach(), label, mutations, view)
             gradients = []
             for m, slope in enumerate(upstream):
-                keep = m < len(mutations) - 1
-                parts = torch.autograd.grad(images, seat.flat.parameters, slope * share, retain_graph=keep)
+                more = {"retain_graph": m < len(mutations) - 1, "materialize_grads": True}
+                parts = torch.autograd.grad(images, seat.flat.parameters, slope * share, **more)
                 gradients.append(seat.flat.pack(parts))
         return torch.stack(values) * share, torch.stack(gradients), seat.flat.buffers.repeat(len(mutations), 1)
 
     def _together(
         self, seat: Seat, noise: Tensor, mutations: Sequence, share: float, view: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
         """Losses, and gradients times `share`, of all mutations from one backward pass through D and through G.
 
+        None where G's weights meet something that does not come from the noise.
         Sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i, and so on down to the noise.
         """
         noise = noise.detach().requires_grad_()
@@ -278,6 +288,8 @@ class Evolution:
         values = [mutation(leaf) for mutation in mutations]
         factors = torch.stack([torch.autograd.grad(value, leaf)[0] for value in values]) * share
         gradients = taps.gradients(images, noise, slope, factors, seat.flat.parameters)
+        if gradients is None:
+            return None
         return [value.detach() for value in values], [seat.flat.pack(parts) for parts in gradients]
 
     def _image_gradients(

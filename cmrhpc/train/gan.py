@@ -146,7 +146,8 @@ def train_gan(
     # Train.
     while run.step < settings.generations:
         draws = draw_generation(settings, latent, data, label_data, classes, len(evolution.parents), rng)
-        outcome = evolution.generation(draws)
+        logged = (run.step + 1) % settings.log_every == 0 or run.step + 1 == settings.generations
+        outcome = evolution.generation(draws, score=logged)
         run.step += 1
         run.count(outcome)
 
@@ -155,7 +156,7 @@ def train_gan(
             run.average(min(settings.ema, (1 + run.step) / (10 + run.step)))
 
         # Log.
-        if run.step % settings.log_every == 0 or run.step == settings.generations:
+        if logged:
             grid = _grid(g, run.averaged_weights(), latent, classes, grid_seed)
             run.write_log(relative_diversity([grid[c :: len(real)] for c in range(len(real))], real))
         progress(run.step, settings.generations)
@@ -263,11 +264,16 @@ class _Run:
         self.window_steps += 1
 
     def write_log(self, relative_diversity: float) -> None:
-        """Hand out one log entry, means over the window; raises CmrhpcError when the losses are not finite."""
+        """Hand out one log entry, means over the window; of one mutation alone the scores of now.
+
+        Raises CmrhpcError when the losses are not finite.
+        """
         names, gamma = list(self.settings.mutations), self.settings.gamma
         kinds = len(names)
         sums = self.window.cpu()
         loss_d, rest = float(sums[0]) / self.window_steps, sums[1:] / self.window_steps
+        if kinds == 1:  # scored for this entry alone
+            rest[kinds : 3 * kinds] *= self.window_steps
         loss_g, f_q, f_d = (dict(zip(names, part.tolist(), strict=True)) for part in rest[: 3 * kinds].split(kinds))
         window_wins = [round(x) for x in sums[-kinds:].tolist()]
         self.wins = [a + b for a, b in zip(self.wins, window_wins, strict=True)]

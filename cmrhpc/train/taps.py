@@ -48,18 +48,23 @@ class Taps(TorchFunctionMode):
 
     def gradients(
         self, y: Tensor, x: Tensor, slope: Tensor, factors: Tensor, parameters: Sequence[Tensor]
-    ) -> list[list[Tensor]]:
-        """For each row of factors (M, N): the gradients at `parameters` when that at y is factors[m] * slope."""
+    ) -> list[list[Tensor]] | None:
+        """For each row of factors (M, N): the gradients at `parameters` when that at y is factors[m] * slope.
+
+        None where a tapped weight's input does not come from x (a learned constant): then nothing can be told.
+        """
         torch.autograd.grad(y, x, slope, retain_graph=True)
         self.open = False  # a later pass through the taps carries other slopes
+        if any(tap.kept is None for tap in self.taps):
+            return None
         weights: list[Tensor] = []
         slopes: list[Tensor] = []
         for tap in self.taps:
-            if tap.kept is not None:
-                weights += tap.weights
-                with torch.no_grad():
-                    slopes += tap.gradients(*tap.kept, factors)
-                tap.kept = None
+            assert tap.kept is not None
+            weights += tap.weights
+            with torch.no_grad():
+                slopes += tap.gradients(*tap.kept, factors)
+            tap.kept = None
         found = []
         for m, factor in enumerate(factors):
             more: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
@@ -186,6 +191,8 @@ def _group_norm(
 ) -> Tensor | None:
     if weight is None or bias is None or x.dim() != 4 or not (weight.requires_grad and bias.requires_grad):
         return None
+    if x.device.type != "cpu":  # its kernels take one format and one layout; there autocast normalises in float32 too
+        x = x.to(weight.dtype).contiguous()
     n, c, height, width = x.shape
     sizes = (n, c, height * width, groups)
     plain, plain_bias = weight.detach(), bias.detach()
@@ -197,6 +204,7 @@ def _group_norm(
 
     def back(x: Tensor, slope: Tensor) -> Tensor:
         mask = [True, False, False]
+        slope = slope.to(x.dtype).contiguous(memory_format=_layout(x))
         return torch.ops.aten.native_group_norm_backward(slope, x, *moments, plain, *sizes, mask)[0]
 
     def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
@@ -210,6 +218,10 @@ def _group_norm(
         return [f.to(weight.dtype) for f in found]
 
     return _apply(taps, x, _Tap([weight, bias], gradients), run, back)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {

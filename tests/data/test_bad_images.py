@@ -134,6 +134,12 @@ def header_points_elsewhere(raw: Path, rows: Rows) -> None:
     image_of(raw, rows).write_text(head)
 
 
+def nrrd_points_elsewhere_late(raw: Path, rows: Rows) -> None:
+    nrrd_points_elsewhere(raw, rows)
+    head = (raw / "x.nrrd").read_text()
+    (raw / "x.nrrd").write_text(head.replace("type:", "# nothing\n" * 7000 + "type:"))
+
+
 def nrrd_points_elsewhere(raw: Path, rows: Rows) -> None:
     (raw / "secret.raw").write_bytes(bytes(2400))
     head = "NRRD0004\ntype: short\ndimension: 2\nsizes: 30 40\nencoding: raw\nendian: little\ndata file: secret.raw\n\n"
@@ -216,6 +222,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Rows], None], str, str]] = {
     "garbage dicom": (garbage_dicom, "broken file", "row 2, column image"),
     "truncated nifti": (truncated_nifti, "broken file", "row 2, column image"),
     "mha points elsewhere": (header_points_elsewhere, "does not hold its own pixels", "row 2, column image"),
+    "nrrd points elsewhere, late": (nrrd_points_elsewhere_late, "does not hold its own pixels", "row 2, column image"),
     "nrrd points elsewhere": (nrrd_points_elsewhere, "does not hold its own pixels", "row 2, column image"),
     "nifti of two files": (nifti_of_two_files, "does not hold its own pixels", "row 2, column image"),
     "detached header": (detached_header, "unsupported type", "row 2, column image"),

@@ -160,3 +160,20 @@ def test_the_element_returns_what_happened(place: Path, monkeypatch: pytest.Monk
     with pytest.raises(Incomplete, match=r"classify_4\.log"):
         run_element(str(place), "classify", [0, 4], {"CMRHPC_CONTAINER": ""})
     assert signal.getsignal(signal.SIGUSR2) is before
+
+
+@pytest.mark.parametrize("what", ["link", "fifo", "folder of logs"])
+def test_a_log_that_is_no_plain_file_is_neither_followed_nor_waited_for(place: Path, tmp_path: Path, what: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "profile").write_text("mine\n")
+    log = place / "logs" / "classify_4.log"
+    if what == "folder of logs":
+        (place / "logs").symlink_to(theirs)
+    else:
+        log.parent.mkdir()
+        log.symlink_to(theirs / "profile") if what == "link" else os.mkfifo(log)
+    assert start(place, "4").wait(60) == 3
+    assert (theirs / "profile").read_text() == "mine\n"
+    assert os.listdir(theirs) == ["profile"]
+    assert not list(place.glob("began.*"))

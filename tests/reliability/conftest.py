@@ -69,9 +69,9 @@ def digest(root: Path) -> str:
 
 
 def names(root: Path) -> set[str]:
-    """Every file of a workspace but logs and the index."""
+    """Every file of a workspace but logs and the index; temporary ones everywhere."""
     found = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
-    return {path.as_posix() for path in found if path.parts[0] not in LOG_FILES}
+    return {p.as_posix() for p in found if p.parts[0] not in LOG_FILES or files.is_temporary(p.name)}
 
 
 def assert_no_half_file(root: Path) -> None:

@@ -231,3 +231,35 @@ def test_links_to_shards_elsewhere_are_not_followed(undisturbed: Path, copied: P
     assert shards.read_shard(copied / f"{SYNTHETIC}.h5").content_sha256 == (
         shards.read_shard(undisturbed / f"{SYNTHETIC}.h5").content_sha256
     )
+
+
+@pytest.mark.parametrize("damage", ["heading", "endless field"])
+def test_a_damaged_report_of_ingest_is_not_believed_but_made_again(copied: Path, damage: str) -> None:
+    report = copied / "cohort.csv"
+    text = report.read_bytes()
+    report.write_bytes(text.replace(b"mask_sha256", b"mask_sha257") if damage == "heading" else b'"' + text * 50)
+    done = cmrhpc("verify", copied, check=False)
+    assert done.returncode == 5
+    assert "cohort.h5: cohort.csv: its checksum does not hold" in done.stdout
+    cmrhpc("run", copied)
+    assert report.read_bytes() == text
+    assert damaged(copied) == []
+
+
+def test_no_shard_is_opened_before_its_checksum_was_seen_to_hold(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HDF5 library can hang on a flipped bit, and a restored copy is new to the index."""
+    shutil.copy(copied / f"{REFINED}.h5", tmp_path / "copy.h5")
+    flip(tmp_path / "copy.h5", 0.5)
+    os.replace(tmp_path / "copy.h5", copied / f"{REFINED}.h5")
+    seen: list[str] = []
+    opened = shards.opened
+    monkeypatch.setattr(shards, "opened", lambda path: (seen.append(str(path)), opened(path))[1])
+    workspace = Workspace(copied)
+    assert f"{REFINED}.h5" not in workspace.index()
+    for check in (False, True):
+        assert not all(state.done for state in workspace.states(check=check)["refine"])
+    assert verify(workspace).damaged
+    assert str(copied / f"{SYNTHETIC}.h5") in seen
+    assert str(copied / f"{REFINED}.h5") not in seen

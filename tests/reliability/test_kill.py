@@ -50,13 +50,13 @@ def kill_once(root: Path, random_: random.Random, seconds: float, aim: str) -> C
     return None
 
 
-def next_stage(root: Path, undisturbed: Path) -> str:
-    """The first stage that still lacks outputs: what the next run will begin with."""
-    folders = {"ingest": "folds.h5", "synthesize": "synthetic", "refine": "refined", "classify": "predictions"}
-    for stage, name in folders.items():
-        if len(shards_in(root / name)) < len(shards_in(undisturbed / name)):
-            return stage
-    return "aggregate"
+STAGES = {"ingest": "folds.h5", "synthesize": "synthetic", "refine": "refined", "classify": "predictions"}
+
+
+def stages_to_come(root: Path, undisturbed: Path) -> list[str]:
+    """The stages that still lack outputs: what the next run will begin with, and what follows."""
+    lacking = [s for s, name in STAGES.items() if len(shards_in(root / name)) < len(shards_in(undisturbed / name))]
+    return [*lacking, "aggregate"]
 
 
 def shards_in(path: Path) -> list[Path]:
@@ -103,14 +103,18 @@ def kill_studies(fresh: Path, undisturbed: Path, tmp_path: Path, kills: int, see
     """Kill runs until there were `kills` kills, beginning a new study whenever one is done; check each.
 
     The time that a run gets adapts, so that about every second one brings the study on, on however busy a machine.
+    A fifth of all kills is aimed at each stage of a study at most: without that bound the long stages have them all.
     """
     random_ = random.Random(seed)
     total: Counter[str] = Counter()
     seconds = defaultdict(lambda: 2.0)
     while total["kills"] < kills:
         root = copy_of(fresh, tmp_path / f"killed{total['studies']}")
+        aimed: Counter[str] = Counter()
         while total["kills"] < kills:
-            made, aim = made_so_far(root), next_stage(root, undisturbed)
+            made, stages_left = made_so_far(root), stages_to_come(root, undisturbed)
+            aim = next((s for s in stages_left if aimed[s] < kills / 5), "aggregate")
+            aimed[aim] += 1
             stages = kill_once(root, random_, seconds[aim], aim)
             if stages is None:
                 break

@@ -15,6 +15,7 @@ import pytest
 
 from cmrhpc import files
 from cmrhpc.cli import main
+from cmrhpc.stages.task import run_task
 from cmrhpc.workspace import Workspace
 from tests.reliability.conftest import copy_of, needs_root
 
@@ -140,6 +141,22 @@ def test_a_report_behind_a_link_is_left_as_it_is(copied: Path, tmp_path: Path) -
     assert code == 3
     assert "leads out of the workspace" in text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")} == there
+
+
+def test_a_task_alone_removes_what_a_killed_one_left_half_written(fresh: Path, tmp_path: Path) -> None:
+    """On a cluster no `cmrhpc run` comes after it."""
+    root = copy_of(fresh, tmp_path / "w")
+    workspace = Workspace(root)
+    for stage in ("ingest", "synthesize"):
+        task = workspace.tasks(stage)[0]
+        places = [workspace.path(task.output).parent, workspace.checkpoint_folder(task)]
+        left = [place / f".x.tmp.{files.host_name()}.4194304.1-1" for place in places]
+        for path in left:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"half")
+        run_task(workspace, stage, 0)
+        assert not any(path.exists() for path in left)
+    assert not (root / "checkpoints").exists() or not any((root / "checkpoints").rglob("*.tmp.*"))
 
 
 def test_only_checkpoints_are_cleared_and_a_folder_among_them_stops_nothing(fresh: Path, tmp_path: Path) -> None:

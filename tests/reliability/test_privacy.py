@@ -138,3 +138,21 @@ def test_html_and_formulas_in_labels_are_harmless(fresh: Path, tmp_path: Path) -
         with open(path, newline="") as stream:
             for row in csv.reader(stream):
                 assert not any(cell.startswith(("=", "@", "+")) for cell in row), (path, row)
+
+
+def test_an_error_of_the_file_system_tells_no_file_in_what_is_stored(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cmrhpc import cli
+    from cmrhpc.stages import task
+
+    root = copy_of(fresh, tmp_path / "w")
+
+    def refuse(*_: object) -> str:
+        raise PermissionError(13, "Permission denied", f"/clinic/{MARK}/cohort.csv")
+
+    monkeypatch.setattr(task, "run_task", refuse)
+    assert cli.main(["task", str(root), "--stage", "ingest"]) == 3
+    record = (root / "logs/ingest_0.json").read_text()
+    assert "Permission denied" in record
+    assert MARK not in record

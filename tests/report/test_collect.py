@@ -299,6 +299,7 @@ def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_decla
     if alone:  # no study.toml: the newest shard tells the study
         task = plan.tasks(now, "classify")[0]
         info = {"study": shards.canonical(now.to_json()), "written": "2999-01-01T00:00:00Z"}
+        (tmp_path / task.output).unlink()  # one of the same content would stay as it is
         made.write_one(tmp_path, now, task, made.datasets(one, task, made.noisy_scores(one.label, 2, {})), info=info)
     else:
         (tmp_path / "study.toml").write_text(changed)

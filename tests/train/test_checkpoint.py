@@ -229,3 +229,17 @@ def test_checkpoints_behind_a_link_out_of_the_workspace_are_neither_read_nor_rem
         checkpoints.save(2, tensors(2), {})
     checkpoints.clear()
     assert len(files(tmp_path / "outside/task")) == 1
+
+
+def test_a_folder_of_damaged_ones_does_not_swallow_what_is_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SETTINGS)
+    for step in (100, 200, 300, 400):
+        checkpoints.save(step, tensors(step), {})
+    for path in files(tmp_path):
+        path.write_bytes(b"damaged")
+    again = Checkpoints(tmp_path, SETTINGS)
+    assert again.newest() is None
+    again.save(5, tensors(5), {})
+    saved = Checkpoints(tmp_path, SETTINGS).newest()
+    assert saved is not None
+    assert saved.step == 5

@@ -270,3 +270,20 @@ def test_refusals() -> None:
         train_gan(small.images(4), None, VARIANTS["acgan"], COMPUTE, Affine(), n_classes=2, seed=1)
     with pytest.raises(BadInput, match="only dcgan"):
         train(dataclasses.replace(TINY, conditional=True))
+
+
+def test_scores_that_decide_nothing_are_left_out_and_change_no_bit() -> None:
+    """One mutation: all offspring survive, and the scores are for the log alone."""
+    logs: dict[int, list[dict]] = {}
+    made = {}
+    for every in (1, 3):
+        logs[every] = []
+        made[every] = train(dataclasses.replace(VARIANTS["acgan"], log_every=every), log=logs[every].append)
+    assert torch.equal(made[1].grid, made[3].grid)
+    assert small.same(made[1].weights(), made[3].weights())
+    each = {entry["step"]: entry for entry in logs[1]}
+    assert [entry["step"] for entry in logs[3]] == [3, 6, 7]
+    for entry in logs[3]:
+        assert entry["f_q"] == pytest.approx(each[entry["step"]]["f_q"], rel=1e-12)
+        assert entry["f_d"] == pytest.approx(each[entry["step"]]["f_d"], rel=1e-12)
+        assert all(value != 0 for value in entry["f_q"].values())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmrhpc.nets.dae_gan import residual_pair
+from cmrhpc.train.evolution import Evolution
+from cmrhpc.train.plain import PlainEvolution
 from cmrhpc.train.taps import Taps
+from tests.train import small
 
 
 class Odd(nn.Module):
@@ -59,6 +64,7 @@ def test_gradients_are_those_of_separate_passes(kind: str, channels_last: bool) 
     assert torch.allclose(tapped, plain, rtol=0, atol=1e-13)
     assert len(taps.taps) > 4
     found = taps.gradients(tapped, z, slope, factors, parameters)
+    assert found is not None
     for factor, gradients in zip(factors, found, strict=True):
         upstream = factor.view(6, 1, 1, 1) * slope
         expected = torch.autograd.grad(plain, parameters, upstream, retain_graph=True, materialize_grads=True)
@@ -75,3 +81,34 @@ def test_nothing_is_tapped_outside_the_mode() -> None:
     module(z).sum().backward()
     assert not taps.taps
     assert module.weight.grad is not None
+
+
+class FromConstant(nn.Module):
+    """A weight that meets a learned constant and no noise, as in StyleGAN."""
+
+    mixes_samples = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.randn(1, 4, 16, 16))
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.style = nn.Linear(5, 4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = torch.tanh(self.first(self.constant.expand(len(z), -1, -1, -1)))
+        return torch.tanh(self.second(x * self.style(z)[:, :, None, None]))
+
+
+def test_a_weight_that_meets_no_noise_is_trained_as_in_the_plain_step() -> None:
+    torch.manual_seed(0)
+    g = FromConstant().double()
+    d = residual_pair(16, 1, 5, 4, torch.Generator().manual_seed(0))[1].double()
+    plain, fast = PlainEvolution(copy.deepcopy(g), copy.deepcopy(d)), Evolution(g, d, workers=1)
+    before = g.first.weight.detach().clone()
+    draws = small.draws(torch.Generator().manual_seed(1), dtype=torch.float64, mixup=True, passes=1)
+    plain.generation(draws)
+    fast.generation(draws)
+    ours, theirs = fast.generator.state_dict(), plain.parents[0][0].state_dict()
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, rtol=0, atol=1e-10), name
+    assert not torch.equal(ours["first.weight"], before)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cmrhpc.data.selection import training_images
+from cmrhpc.errors import Incomplete
 from cmrhpc.plan import COHORT, FOLDS, inputs
 from cmrhpc.shards import read_shard
 from cmrhpc.stages.classify import TrainingSet, training_set
@@ -99,3 +100,41 @@ def test_affine_moves_every_image_and_adds_none(workspace: Workspace, real) -> N
     made = trained_on(workspace, "affine")
     assert (len(made.images), made.n_added) == (2 * len(images), 0)
     assert made.labels.tolist() == labels.tolist() * 2
+
+
+def test_weights_to_start_from_are_an_input(finished: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from cmrhpc.nets.classifiers import build_classifier
+
+    root = Path(shutil.copytree(finished, tmp_path / "ws", symlinks=True))
+    text = (root / "study.toml").read_text()
+    (root / "study.toml").write_text(
+        text.replace("[classifiers.resnet50]", '[classifiers.resnet50]\nweights = "../start.safetensors"')
+    )
+    for seed in (1, 2):  # somebody puts other weights there
+        save_file(build_classifier("resnet50", 1, 2, seed).state_dict(), tmp_path / "start.safetensors")
+        found = Workspace(root)
+        state = found.states(("classify",))["classify"][0]
+        assert state.reason == ("the weights that resnet50 starts from changed" if seed == 2 else state.reason)
+        assert not state.done
+        run_task(found, "classify", 0)
+        assert Workspace(root).states(("classify",))["classify"][0].done
+    (tmp_path / "start.safetensors").unlink()  # where it is not at hand, it is not compared
+    assert Workspace(root).states(("classify",))["classify"][0].done
+
+
+def test_a_task_of_an_older_study_does_not_replace_what_was_done_anew(finished: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished, tmp_path / "ws", symlinks=True))
+    text = (root / "study.toml").read_text()
+    (root / "study.toml").write_text(
+        text.replace("[classifiers.resnet50]", "[classifiers.resnet50]\nlearning_rate = 0.002")
+    )
+    assert (root / "study.toml").read_text() != text
+    older = Workspace(root)
+    (root / "study.toml").write_text(text)  # and the shard of this study is there
+    path = root / older.tasks("classify")[0].output
+    before = read_shard(path).content_sha256
+    with pytest.raises(Incomplete, match="this result is dropped"):
+        run_task(older, "classify", 0)
+    assert read_shard(path).content_sha256 == before

@@ -79,3 +79,16 @@ def test_a_table_that_is_edited_meanwhile_is_not_taken_for_the_one_that_was_read
     )
     with pytest.raises(BadInput, match="changed while it was read"):
         run_task(workspace, "ingest", 0)
+
+
+def test_the_raw_folder_cannot_be_the_workspace(tmp_path: Path) -> None:
+    root = make_workspace(tmp_path / "ws")
+    raw, table = root / "raw", (root / "raw/cohort.csv").read_bytes()
+    done = cmrhpc("init", raw, "--study", "demo", "--raw", raw, check=False)
+    assert done.returncode == 3
+    assert "the raw folder cannot be the workspace" in done.stderr
+    (raw / "study.toml").write_text((root / "study.toml").read_text().replace('raw = "raw"', 'raw = "."'))
+    done = cmrhpc("ingest", raw, check=False)
+    assert done.returncode == 3
+    assert "the raw folder is the workspace" in done.stderr
+    assert (raw / "cohort.csv").read_bytes() == table
