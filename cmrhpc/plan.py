@@ -164,6 +164,12 @@ def settings(study: Study, task: Task, output: str = "") -> dict[str, Any]:
     return {}
 
 
+def settings_key(task: Task, output: str = "") -> tuple[str, ...]:
+    """Tasks with equal keys have equal settings in one study: for thousands of tasks."""
+    own = output if task.stage == "ingest" else ""
+    return task.stage, task.generator, task.refiner, task.arm, task.classifier, own
+
+
 def seed(study: Study, task: Task, output: str = "") -> int:
     """The seed of a task. A classifier's does not know the arm, so that arms are paired."""
     label = -1 if task.label is None else task.label

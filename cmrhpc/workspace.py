@@ -270,7 +270,7 @@ class Judge:
         self.index = {} if check and read is None else dict(read) if read is not None else workspace.index()
         self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
         self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
-        self.hashes: dict[str, str] = {}
+        self.hashes: dict[tuple[str, ...], str] = {}  # of settings, by what they depend on
         self.sums: dict[str, dict[str, dict[str, str]]] = {}  # of the external generators, each read once
         self.weights: dict[str, str] = {}
         self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
@@ -323,10 +323,11 @@ class Judge:
                 self.index[output] = entry
         if entry is None:
             return "missing"
-        settings = planning.settings(self.study, task, output)
-        key = shards.canonical(settings)
-        if entry.settings_sha256 != self.hashes.setdefault(key, shards.sha256_of(settings)):
-            return self._settings_reason(output, settings)
+        key = planning.settings_key(task, output)
+        if key not in self.hashes:
+            self.hashes[key] = shards.sha256_of(planning.settings(self.study, task, output))
+        if entry.settings_sha256 != self.hashes[key]:
+            return self._settings_reason(output, planning.settings(self.study, task, output))
         if entry.seed != planning.seed(self.study, task, output):
             return "the study's seed changed"
         if entry.task_sha256 != shards.sha256_of(task.to_json()):

@@ -148,7 +148,8 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
     times = interleaved({n: settled(c, device) for n, c in (calls | peak).items()}, rounds, warmup=2)
     middle = medians(times)
     flops = _flops(own(False, workers=1), draws[0])
-    peaks = {mode: peak_flops(device) / min(times[f"peak_{mode}"]) for mode in ("exact", "fast")}
+    formats = {"exact": "peak_exact", "fast": "peak_fast" if has_bfloat16(torch.device(device)) else "peak_exact"}
+    peaks = {mode: peak_flops(device) / min(times[name]) for mode, name in formats.items()}
     share = {mode: flops / middle[mode] / peaks[mode] for mode in peaks}
     return {
         "exact_ratio": ratio(times, "plain", "exact"),

@@ -203,7 +203,7 @@ class Asked:
         """Empty when valid, otherwise why not."""
         if header.task != task.to_json():
             return "it is the shard of another task"
-        key = (task.stage, task.generator, task.refiner, task.arm, task.classifier)
+        key = plan.settings_key(task)
         if key not in self.hashes:
             self.hashes[key] = shards.sha256_of(plan.settings(self.study, task))
         if header.settings_sha256 != self.hashes[key]:
