@@ -13,6 +13,7 @@ from torch import nn
 
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
+from cmrhpc.train import losses
 from cmrhpc.train.evolution import Evolution, frozen_statistics
 from cmrhpc.train.flat import Flat, adam_step
 from cmrhpc.train.plain import PlainEvolution
@@ -371,3 +372,35 @@ def test_conditional_step_is_acgan_written_out(workers: int, r1: float) -> None:
         for mine, theirs in ((plain_g, fast.generator), (plain_d, fast.discriminator)):
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
                 assert (a - b).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_of_all_mutations_err_no_more_than_those_of_separate_passes(workers: int, bfloat16: bool) -> None:
+    """In the formats and the layout of training: one Adam step hides an error of a gradient, whatever its size."""
+    g, d = residual_pair(16, 1, 5, 4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = torch.Generator().manual_seed(3)
+        for parameter in g.parameters():  # also those that start as zero
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=moved))
+    plain, wide = [(copy.deepcopy(g), copy.deepcopy(d)) for _ in range(2)]
+    g, d = g.to(memory_format=torch.channels_last), d.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast = Evolution(g, d, mutations=NAMES, bfloat16=bfloat16, workers=workers)
+    draws = small.draws(torch.Generator().manual_seed(1), dtype=torch.float32, mixup=True, passes=1)
+    values, gradients, _ = fast._mutate(draws)
+    z = draws.training_noise[0]
+    true_logit = wide[1].double()(wide[0].double()(z.double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        logit = plain[1](plain[0](z)).float()
+
+    def flat(tensors) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+    for m, name in enumerate(NAMES):
+        loss = losses.MUTATIONS[name](true_logit)
+        true = flat(torch.autograd.grad(loss, list(wide[0].parameters()), retain_graph=True))
+        separate = torch.autograd.grad(losses.MUTATIONS[name](logit), list(plain[0].parameters()), retain_graph=True)
+        error, usual = ((flat(t) - true).norm() / true.norm() for t in (fast.g.unpack(gradients[m]), separate))
+        assert error < 2 * usual, name
+        assert error < (0.3 if bfloat16 else 1e-5), name
+        assert values[m].item() == pytest.approx(loss.item(), rel=0.05 if bfloat16 else 1e-5)
