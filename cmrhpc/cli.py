@@ -367,7 +367,8 @@ def _run_verb(arguments: list[str], is_script: bool) -> int:
     except (OSError, MemoryError) as error:
         if debug:
             raise
-        where = getattr(error, "filename", None) or ""
+        # What `task` says is stored, and a file may bear a patient's name.
+        where = "" if arguments[:1] == ["task"] else getattr(error, "filename", None) or ""
         print(
             f"cmrhpc: {BadInput(_system_message(error), str(where), 'see --debug for where it happened')}",
             file=sys.stderr,

@@ -290,6 +290,7 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
             print(error)
             tell(records.FAILED, error.what, error.where, error.mend)
         except OSError as error:  # of a file system: its file may bear a patient's name, so it is not told
+            traceback.print_tb(error.__traceback__)
             print(f"error: {error.strerror or type(error).__name__}")
             tell(records.FAILED, error.strerror or type(error).__name__, "", "mend the file system, then run again")
         except BaseException as error:

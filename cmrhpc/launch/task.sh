@@ -55,10 +55,10 @@ fi
 
 # What a task says goes to its log. Slurm's own file keeps Slurm's own words; without any it is taken away.
 mkdir -p "$workspace/logs"
-for file in "$workspace/logs" "${tasks[@]/#/$workspace/logs/${stage}_}"; do
-    [ "$file" = "$workspace/logs" ] || file=$file.log
-    if [ -L "$file" ] || { [ -e "$file" ] && [ ! -f "$file" ] && [ "$file" != "$workspace/logs" ]; }; then
-        echo "$file is a link or no plain file: remove it, then submit again" >&2
+for index in "${tasks[@]}"; do
+    log=$workspace/logs/${stage}_$index.log
+    if [ -L "$workspace/logs" ] || [ -L "$log" ] || { [ -e "$log" ] && [ ! -f "$log" ]; }; then
+        echo "$log is reached by a link, or is no plain file: remove it, then submit again" >&2
         exit 3
     fi
 done

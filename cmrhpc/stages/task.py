@@ -15,7 +15,7 @@ from typing import Any
 
 from cmrhpc import plan as planning
 from cmrhpc import shards
-from cmrhpc.errors import BadInput, Incomplete, UsageError
+from cmrhpc.errors import BadInput, CmrhpcError, Incomplete, UsageError
 from cmrhpc.plan import Task
 from cmrhpc.signals import STOP_SIGNALS
 from cmrhpc.workspace import Judge, Workspace
@@ -72,7 +72,11 @@ class Context:
 
     def _refuse_older(self) -> None:
         """Raises Incomplete where the study was edited since the task began and its shard was made anew meanwhile."""
-        now, before, task = Workspace(self.workspace.root), self.workspace.study, self.task
+        before, task = self.workspace.study, self.task
+        try:
+            now = Workspace(self.workspace.root)
+        except CmrhpcError:  # somebody is in the middle of an edit: no reason to lose hours of training
+            return
         if task.output not in now.wanted(task.stage):
             return
         same = planning.settings(now.study, task) == planning.settings(before, task)

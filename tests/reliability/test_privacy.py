@@ -141,7 +141,7 @@ def test_html_and_formulas_in_labels_are_harmless(fresh: Path, tmp_path: Path) -
 
 
 def test_an_error_of_the_file_system_tells_no_file_in_what_is_stored(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cmrhpc import cli
     from cmrhpc.stages import task
@@ -154,5 +154,7 @@ def test_an_error_of_the_file_system_tells_no_file_in_what_is_stored(
     monkeypatch.setattr(task, "run_task", refuse)
     assert cli.main(["task", str(root), "--stage", "ingest"]) == 3
     record = (root / "logs/ingest_0.json").read_text()
-    assert "Permission denied" in record
-    assert MARK not in record
+    said = capsys.readouterr()
+    for text in (record, said.err + said.out):  # the second goes to the task's log
+        assert "Permission denied" in text
+        assert MARK not in text

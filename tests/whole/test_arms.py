@@ -138,3 +138,6 @@ def test_a_task_of_an_older_study_does_not_replace_what_was_done_anew(finished: 
     with pytest.raises(Incomplete, match="this result is dropped"):
         run_task(older, "classify", 0)
     assert read_shard(path).content_sha256 == before
+    (root / "study.toml").write_text("in the middle of an edit")
+    run_task(older, "classify", 0)
+    assert read_shard(path).content_sha256 != before
