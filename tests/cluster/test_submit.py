@@ -109,7 +109,7 @@ def test_tasks_that_shared_a_gpu_have_their_own_shard_log_and_record(login_node:
 
 def test_a_failed_task_holds_up_nobody_who_does_not_need_it(login_node: Node, study: str, local_digest: str) -> None:
     node = login_node
-    node.run(f"cp -a {study} failing; cd failing; rm -r submissions report index.json; rm predictions/*/*/*/fold0*")
+    node.run(f"cp -a {study} failing; cd failing; rm -rf submissions report index.json; rm predictions/*/*/*/fold0*")
     # A folder where the shard should go: the task runs and cannot write.
     bad = "failing/synthetic/dae-gan/fold0_repeat0_class0.h5"
     node.run(f"rm {bad}; mkdir {bad}")

@@ -66,7 +66,6 @@ def before(undisturbed: Path, target: Path, stage: str) -> Path:
     """A workspace in which the stage's first task is the next to do."""
     root = copy_of(undisturbed, target)
     shutil.rmtree(root / "tasks" / stage)
-    (root / "index.json").unlink()
     workspace = Workspace(root)
     output = root / workspace.tasks(stage)[0].output
     shutil.rmtree(root / "tasks" / stage)
@@ -147,6 +146,25 @@ def test_each_may_fail_with_each_error_in_each_stage(
             said[inject(undisturbed, tmp_path, stage, call, number, error)] += 1
     with capsys.disabled():
         print(f"\n{stage}: {len(counts)} sites, {sum(said.values())} faults: {dict(said)}")
+
+
+@pytest.mark.parametrize("name", ["create", "write_all", "sync_file", "rename", "sync_folder"])
+def test_an_index_that_cannot_be_written_stops_nothing(copied: Path, name: str) -> None:
+    """It only saves time."""
+    (copied / "index.json").unlink(missing_ok=True)
+    expected = Workspace(copied).index()
+    (copied / "index.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, copied, None)
+        found = Workspace(copied).index()
+    [call] = [call for call in faults.counts if call[0] == name]
+    assert found == expected
+    (copied / "index.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, copied, (call, 1), errno.ENOSPC)
+        assert Workspace(copied).index() == expected
+    assert faults.hit
+    assert_no_half_file(copied)
 
 
 def test_a_workspace_renamed_in_the_middle_is_not_made_anew(undisturbed: Path, tmp_path: Path) -> None:
