@@ -355,7 +355,7 @@ class Judge:
     def _settings_reason(self, output: str, asked: dict[str, Any]) -> str:
         """Which settings differ, old and new."""
         try:
-            told = shards.read_header(self.workspace.path(output)).settings
+            told = shards.read_shard(self.workspace.path(output)).settings
         except (CmrhpcError, OSError):
             return "its settings changed"
         changes = settings_changes(told, json.loads(shards.canonical(asked)))

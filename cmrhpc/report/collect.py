@@ -194,7 +194,8 @@ class Asked:
     def header(self, path: str) -> shards.Shard | None:
         if path not in self.headers:
             try:
-                self.headers[path] = shards.read_shard(self.root / path)
+                there = (self.root / path).is_file()  # where it is not, `read_shard` would look again and again
+                self.headers[path] = shards.read_shard(self.root / path) if there else None
             except (CmrhpcError, OSError):
                 self.headers[path] = None
         return self.headers[path]

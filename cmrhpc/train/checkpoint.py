@@ -93,9 +93,11 @@ class Checkpoints:
             metadata={"cmrhpc": json.dumps(meta)},
         )
         digest = hashlib.sha256(blob).hexdigest().encode()
-        atomic_write(self.folder / f"step{step:010d}{SUFFIX}", digest + b"\n" + blob)
-        # Damaged ones would count among the newest for ever.
-        for old in [*self._damaged, *[path for path in self._files() if path not in self._damaged][self.keep :]]:
+        path = self.folder / f"step{step:010d}{SUFFIX}"
+        atomic_write(path, digest + b"\n" + blob)
+        # Damaged ones would count among the newest for ever. One of this step has just become a good one.
+        damaged, self._damaged = self._damaged - {path}, set()
+        for old in [*damaged, *[one for one in self._files() if one not in damaged][self.keep :]]:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 old.unlink()
         self._last = time.monotonic()

@@ -274,6 +274,7 @@ class Evolution:
         """Losses, and gradients times `share`, of all mutations from one backward pass through D and through G.
 
         None where G's weights meet something that does not come from the noise.
+
         Sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i, and so on down to the noise.
         """
         noise = noise.detach().requires_grad_()

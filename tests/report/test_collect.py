@@ -281,7 +281,9 @@ def test_the_page_says_which_generators_were_looked_at(tmp_path: Path) -> None:
     alone = aggregate(tmp_path / "predictions", tmp_path / "alone").page.read_text()
     assert "So were those of the 12" in alone  # the folder lies in its workspace
     shutil.copytree(tmp_path / "predictions", tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
-    copied = aggregate(tmp_path / "copy").page.read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.time, "sleep", lambda seconds: pytest.fail("waits for shards that are not at hand"))
+        copied = aggregate(tmp_path / "copy").page.read_text()
     assert "No leak found in the predictions." in copied
     assert "not checked here for 12 synthetic or refined shards not at hand: run cmrhpc verify" in copied
 

@@ -243,3 +243,12 @@ def test_a_folder_of_damaged_ones_does_not_swallow_what_is_saved(tmp_path: Path)
     saved = Checkpoints(tmp_path, SETTINGS).newest()
     assert saved is not None
     assert saved.step == 5
+    for step in (100, 200):  # whose earlier files were among the damaged
+        again.save(step, tensors(step), {})
+    assert [int(path.name[4:14]) for path in files(tmp_path)] == [5, 100, 200]
+    for path in files(tmp_path):
+        path.write_bytes(b"damaged")
+    third = Checkpoints(tmp_path, SETTINGS)
+    assert third.newest() is None
+    third.save(200, tensors(200), {})  # at once the step of a damaged one
+    assert [int(path.name[4:14]) for path in files(tmp_path)] == [200]
