@@ -319,8 +319,9 @@ class Evolution:
         With DiffAugment they are judged through one draw for all offspring: D knows no image that is not augmented.
         """
         views = draws.views
-        # The real half of F_d (None) is the same for all offspring.
-        passes = [None, *range(len(offspring))]
+        # The real half of F_d (None) is the same for all offspring. It is the shortest pass and comes last, so that the
+        # workers end at nearly the same time.
+        passes = [*range(len(offspring)), None]
         spans = self._spans(len(draws.scoring_real))
 
         def job(seat: Seat, i: int | None, span: slice) -> tuple[Tensor, Tensor]:
@@ -343,7 +344,7 @@ class Evolution:
         for start in range(0, len(done), len(spans)):
             parts = list(zip(*done[start : start + len(spans)], strict=True))
             sums.append((parts[0], sum(parts[1][1:], start=parts[1][0])))
-        (_, real_gradient), *fakes = sums
+        *fakes, (_, real_gradient) = sums
         f_q = [sum(values[1:], start=values[0]) for values, _ in fakes]
         f_d = [losses.diversity_fitness(real_gradient + gradient) for _, gradient in fakes]
         return torch.stack(f_q), torch.stack(f_d)

@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
+LARGE = 64  # positions of an image from which weight gradients of each sample alone are worth their sums
+
+
 @dataclass
 class _Tap:
     """One use of weights: (x, gradient at the result) -> weight gradients for factors (M, N), first axis M."""
@@ -129,27 +132,24 @@ def _convolution(
         return torch.ops.aten.convolution_backward(slope, x, weight, None, *fixed, mask)[which]
 
     def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
-        """The factors go to the smaller tensor, side by side as further channels of it: one call for all losses."""
-        count, factors = len(factors), factors.to(x.dtype)
-        of_x = x.numel() < slope.numel()
-        shape = list(weight.shape)
-        axis = (0 if transposed else 1) if of_x else (1 if transposed else 0)
-        shape[axis] *= count
-        model = plain.new_empty(shape)
-        if not plain.is_contiguous():
-            model = model.contiguous(memory_format=torch.channels_last)
-        pair = (_side_by_side(x, factors), slope) if of_x else (x, _side_by_side(slope, factors))
-        found = [back(*pair, model, 1).unflatten(axis, (count, -1)).movedim(axis, 0)]
-        return found if bias is None else [*found, factors @ slope.sum((2, 3))]
+        """Every sample's own gradients once and then their sums with the factors, where that is less work than all
+        samples' gradients once per loss: on images so small as to have fewer values than the weights it is not."""
+        factors = factors.to(x.dtype)
+        positions = min(x[0, 0].numel(), slope[0, 0].numel())
+        if x.device.type == "cpu" and positions >= LARGE:
+            each = [back(*pair, which=1) for pair in zip(x.split(1), slope.split(1), strict=True)]
+            table = torch.stack([e.permute(0, 2, 3, 1).flatten() for e in each])  # a view where channels-last
+            found = (factors @ table).view(-1, *each[0].permute(0, 2, 3, 1).shape).permute(0, 1, 4, 2, 3)
+        else:
+            scales = factors[:, :, None, None, None]
+            if x.numel() < slope.numel():
+                found = torch.stack([back(x * scale, slope, which=1) for scale in scales])
+            else:
+                found = torch.stack([back(x, slope * scale, which=1) for scale in scales])
+        return [found] if bias is None else [found, factors @ slope.sum((2, 3))]
 
     tap = _Tap([weight, bias], gradients)
     return _apply(taps, x, tap, lambda x: torch.convolution(x, plain, plain_bias, *fixed), back)
-
-
-def _side_by_side(x: Tensor, factors: Tensor) -> Tensor:
-    """(N, C, H, W), (M, N) -> (N, M * C, H, W) in channels-last: x times each factor."""
-    scaled = x.permute(0, 2, 3, 1).unsqueeze(3) * factors.t()[:, None, None, :, None]
-    return scaled.flatten(3, 4).permute(0, 3, 1, 2)
 
 
 def _conv2d(
