@@ -22,6 +22,7 @@ from typing import Any
 from cmrhpc import external, files, seal, shards
 from cmrhpc import plan as planning
 from cmrhpc.errors import BadInput, CmrhpcError
+from cmrhpc.forked import in_order
 from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, WEIGHTS, Task
 from cmrhpc.study import Study, load_study
 
@@ -36,7 +37,7 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeEr
 class Entry:
     """What the index remembers of one shard."""
 
-    inode: int
+    inode: int  # 0 where the shard was read for the work at hand and not for the index
     content_sha256: str
     settings_sha256: str
     seed: int
@@ -46,7 +47,7 @@ class Entry:
     job: str  # the element of a job array that wrote it, as Slurm calls it (12_3); empty otherwise
 
 
-def entry_of(header: shards.Header, inode: int = 0) -> Entry:
+def entry_of(header: shards.Header) -> Entry:
     """What the index remembers of a shard that has been read."""
     task = shards.sha256_of(header.task)
     told = header.info.get("seconds")
@@ -55,7 +56,7 @@ def entry_of(header: shards.Header, inode: int = 0) -> Entry:
     job = "_".join(str(header.info[name]) for name in names if name in header.info)
     job = job if _ELEMENT.fullmatch(job) else ""
     hashes = header.content_sha256, header.settings_sha256
-    return Entry(inode, *hashes, header.seed, task, header.inputs, seconds, job)
+    return Entry(0, *hashes, header.seed, task, header.inputs, seconds, job)
 
 
 @dataclass(frozen=True)
@@ -214,20 +215,19 @@ class Workspace:
             old = {name: Entry(*values) for name, values in stored["shards"].items()}
         except _UNREADABLE:
             old = {}
-        now: dict[str, Entry] = {}
-        for name, inode in self.listing().items():
-            entry = old.get(name)
-            if entry is None or entry.inode != inode:
-                entry = self.read_entry(name, inode)
+        listed = self.listing()
+        now = {name: old[name] for name, inode in listed.items() if name in old and old[name].inode == inode}
+        new = [name for name in listed if name not in now]
+        for name, entry in zip(new, in_order(self.read_entry, new), strict=True):
             if entry is not None:
-                now[name] = entry
+                now[name] = dataclasses.replace(entry, inode=listed[name])
         if now != old:
             entries = {name: dataclasses.astuple(entry) for name, entry in now.items()}
             with contextlib.suppress(BadInput):  # it only saves time: a full or read-only disk stops no `status`
                 files.atomic_write(path, json.dumps({"shards": entries, "sha256": shards.sha256_of(entries)}))
         return now
 
-    def read_entry(self, name: str, inode: int = 0, hashed: bool = False) -> Entry | None:
+    def read_entry(self, name: str, hashed: bool = False) -> Entry | None:
         """What a shard says of itself, from its file; None when it is damaged or missing.
 
         hashed: the caller has just seen that its checksum holds. A flipped bit can hang the library that opens it.
@@ -238,7 +238,7 @@ class Workspace:
             header = shards.read_header(self.path(name))
         except (CmrhpcError, OSError):
             return None  # damaged or just being replaced: not done
-        return entry_of(header, inode)
+        return entry_of(header)
 
     # ---------------------------------------------------------------- what is done
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from cmrhpc import files, plan, shards
 from cmrhpc.errors import BadInput, CmrhpcError
+from cmrhpc.forked import in_order
 from cmrhpc.measure.metrics import check_scores
 from cmrhpc.plan import COHORT, FOLDS, Task
 from cmrhpc.report.tested import ImageTable, find_leaks, image_table
@@ -118,6 +119,10 @@ class _Pool:
     def keep(self, array: np.ndarray) -> np.ndarray:
         return self.seen.setdefault((array.dtype.str, array.shape, array.tobytes()), array)
 
+    def keep_all(self, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All but the scores, which hardly ever are equal."""
+        return {name: values if name.endswith("score") else self.keep(values) for name, values in data.items()}
+
 
 _NEEDED = {"id": "S", "patient": "S", "label": "i", "score": "f", "train_id": "S"}  # kind of each dataset
 _OPTIONAL = {"validation_id": "S", "validation_label": "i", "validation_score": "f"}
@@ -144,7 +149,15 @@ def _shard_paths(place: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read(path: Path, pool: _Pool) -> _Found:
+def _read_or_why(path: Path) -> _Found | str:
+    """One shard, or why it cannot be used."""
+    try:
+        return _read(path)
+    except CmrhpcError as error:
+        return error.what
+
+
+def _read(path: Path) -> _Found:
     """Read one shard whole. Raises BadInput when it cannot be used, whatever the study."""
     kinds = _NEEDED | _OPTIONAL
     shard, data = shards.read_shard_with(path, kinds, SCHEMA)
@@ -159,8 +172,7 @@ def _read(path: Path, pool: _Pool) -> _Found:
         raise BadInput(wrong or "id, patient and label differ in length")
     if len(np.unique(data["id"])) < len(data["id"]):
         raise BadInput("it tests an image twice")
-    kept = {name: values if name.endswith("score") else pool.keep(values) for name, values in data.items()}
-    return _Found(shard, kept)
+    return _Found(shard, data)
 
 
 def _newest_study(found: dict[str, _Found]) -> tuple[Study, str]:
@@ -239,13 +251,14 @@ def collect(folder: Path) -> Collection:
     prefix = "predictions/"
 
     # Read all shards; keep the reason of each that cannot be read.
-    pool, found, refused = _Pool(), {}, {}
-    for path in _shard_paths(place):
+    pool, found, refused = _Pool(), dict[str, _Found](), dict[str, str]()
+    paths = list(_shard_paths(place))
+    for path, one in zip(paths, in_order(_read_or_why, paths), strict=True):
         name = prefix + path.relative_to(place).as_posix()
-        try:
-            found[name] = _read(path, pool)
-        except CmrhpcError as error:
-            refused[name] = error.what
+        if isinstance(one, str):
+            refused[name] = one
+        else:
+            found[name] = _Found(one.shard, pool.keep_all(one.data))
     if not found:
         told = f"{len(refused)} refused, first: {next(iter(refused.items()))}" if refused else "no shard found"
         mend = "run `cmrhpc run` first, or copy the predictions folder whole (ARM/ratioR/CLASSIFIER/*.h5)"

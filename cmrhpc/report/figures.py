@@ -84,6 +84,14 @@ def _by_classifier(result: Result) -> Iterator[tuple[str, list[tuple[Key, Row]]]
             yield name, rows
 
 
+def _places(rows: list[tuple[Key, Row]]) -> dict[str, list[int]]:
+    """Arm -> the places of its rows."""
+    places: dict[str, list[int]] = {}
+    for place, (key, _) in enumerate(rows):
+        places.setdefault(key[1], []).append(place)
+    return places
+
+
 def _row_name(key: Key) -> str:
     return plain(key[1] + (f" · {key[2]:g}" if key[2] else ""))
 
@@ -102,18 +110,18 @@ def arms(result: Result, metric: str) -> bytes | None:
     figure, axes = _panels(len(groups), 6.4, 0.9 + 0.24 * tallest)
     tone, (scale, name_of_it) = colours(result), _axis(metric)
     for ax, (name, rows) in zip(axes, groups, strict=True):
-        for place, (key, row) in enumerate(rows):
-            f = row.figures[metric]
-            filled = "white" if key[1].endswith("+affine") else tone[key[1]]
-            ends = [[max(0, f.value - f.low)], [max(0, f.high - f.value)]] if np.isfinite(f.low) else None
+        for arm, places in _places(rows).items():  # one call for all rows of an arm: there may be hundreds
+            found = [rows[place][1].figures[metric] for place in places]
+            value, low, high = (np.array([getattr(f, end) for f in found]) for end in ("value", "low", "high"))
             ax.errorbar(
-                [scale * f.value],
-                [place],
-                xerr=None if ends is None else scale * np.array(ends),
+                scale * value,
+                places,
+                xerr=scale
+                * np.stack([value - low, high - value]).clip(0),  # NaN where there is no interval: none drawn
                 fmt="o",
                 markersize=5.5,
-                color=tone[key[1]],
-                markerfacecolor=filled,
+                color=tone[arm],
+                markerfacecolor="white" if arm.endswith("+affine") else tone[arm],
                 elinewidth=1.4,
                 capsize=2.5,
             )
@@ -169,11 +177,14 @@ def fold_dots(result: Result, metric: str) -> bytes | None:
     figure, axes = _panels(len(groups), 6.4, 0.9 + 0.24 * tallest)
     tone, (scale, name_of_it) = colours(result), _axis(metric)
     for ax, (name, rows) in zip(axes, groups, strict=True):
-        for place, (key, row) in enumerate(rows):
-            x = scale * np.array([fold.values[metric] for fold in row.folds])
-            spread = 0.22 * np.sin(2.4 * np.arange(len(x)))  # fixed, so that equal dots stay apart
-            ax.plot(x, place + spread, "o", color=tone[key[1]], markersize=3.4, alpha=0.55, markeredgewidth=0)
-            ax.plot([float(nanmean(x))] * 2, [place - 0.33, place + 0.33], color="black", linewidth=1.6)
+        values = [scale * np.array([fold.values[metric] for fold in row.folds]) for _, row in rows]
+        for arm, places in _places(rows).items():
+            x = np.concatenate([values[place] for place in places])
+            # A fixed spread, so that equal dots stay apart.
+            y = [place + 0.22 * np.sin(2.4 * i) for place in places for i in range(len(values[place]))]
+            ax.plot(x, y, "o", color=tone[arm], markersize=3.4, alpha=0.55, markeredgewidth=0)
+        middle = np.arange(len(rows))
+        ax.vlines([float(nanmean(x)) for x in values], middle - 0.33, middle + 0.33, color="black", linewidth=1.6)
         ax.set_yticks(range(len(rows)), [_row_name(key) for key, _ in rows], fontsize=8)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_title(plain(name), fontsize=10, loc="left")

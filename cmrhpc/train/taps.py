@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-
 LARGE = 64  # positions of an image from which weight gradients of each sample alone are worth their sums
 
 

@@ -345,3 +345,17 @@ def test_a_changed_synthetic_shard_makes_its_predictions_stale(tmp_path: Path, s
     data["image"] += 1
     shards.write_shard(tmp_path / synthetic.output, data, settings={"other": 1}, **common)
     assert len(collect(tmp_path).missing) == 2
+
+
+def test_shards_read_side_by_side_give_the_same_report(
+    tmp_path: Path, study, one, scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = made.write(tmp_path, study, one, scores)
+    (tmp_path / tasks[3].output).write_bytes(b"damaged")
+    alone = collect(tmp_path)
+    monkeypatch.setattr("cmrhpc.forked.LEAST", 1)
+    monkeypatch.setattr("cmrhpc.forked._processes", lambda: 2)
+    both = collect(tmp_path)
+    assert both.refused == alone.refused
+    assert len(both.refused) == 1
+    assert table_md(evaluate(both)) == table_md(evaluate(alone))

@@ -1,0 +1,80 @@
+"""One call on thousands of items, side by side in forked processes where that is safe.
+
+Reading a shard is mostly Python around the HDF5 library, so that threads would wait for each other. A forked process
+starts at once with all that is loaded and, other than a spawned one, does not run the caller's script again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from cmrhpc.signals import held
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+LEAST = 1000  # items from which processes are worth their start
+MOST = 8  # processes: more would only crowd a shared file system
+
+
+def in_order(call: Callable[[Item], Result], items: Sequence[Item], processes: int = 0) -> Iterator[Result]:
+    """The result of every item, in the order of the items. `call` raises nothing; its results can be pickled.
+
+    processes: by default one per core that this process may use, where there are many items, and none beside this one
+    where there are few, where it has other threads, or not on Linux (elsewhere system libraries do not outlive a fork).
+    """
+    count = processes or (_processes() if len(items) >= LEAST else 1)
+    if count < 2:
+        yield from map(call, items)
+        return
+    context = multiprocessing.get_context("fork")
+    readers: list[Connection] = []
+    children = []
+    try:
+        for first in range(count):
+            reader, writer = context.Pipe(duplex=False)
+            child = context.Process(target=_work, args=(call, items[first::count], reader, writer), daemon=True)
+            with held():
+                child.start()
+            writer.close()  # a child that ends is seen as the end of its pipe
+            readers.append(reader)
+            children.append(child)
+        for number, item in enumerate(items):
+            reader = readers[number % count]
+            try:
+                result = reader.recv()
+            except EOFError:  # killed, perhaps for want of memory
+                result = call(item)
+            yield result
+    finally:
+        for child in children:
+            child.kill()
+        for reader, child in zip(readers, children, strict=True):
+            reader.close()
+            child.join()
+
+
+def _processes() -> int:
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return 1
+    return min(MOST, len(os.sched_getaffinity(0)))
+
+
+def _work(call: Callable[[Any], Any], items: Sequence[Any], reader: Connection, writer: Connection) -> None:
+    """Send the result of every item, until all are sent or the one who asked has ended."""
+    # Stop signals reach the whole group; the one who asked takes them, and ends this process by SIGTERM or SIGKILL.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    reader.close()
+    try:
+        for item in items:
+            writer.send(call(item))
+    except OSError:
+        pass
