@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 DEMO   := runs/demo
 
-.PHONY: demo test test-cluster test-kill test-slow bench lint clean
+.PHONY: demo test test-cluster test-kill test-gpu test-slow bench lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test-cluster: $(READY)
 # Hours: 200 kills, 20 races, file faults at every call of all stages, 30 stops. docs/reliability.md says how to shorten it.
 test-kill: $(READY)
 	$(BIN)/python -m pytest -m slow $(addprefix tests/reliability/test_,kill.py race.py file_faults.py stop.py)
+
+# What holds on the CPU holds on a GPU too. Without one it says that it left that half out.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmrhpc.nets.quick import GroupNorm
+from cmrhpc.nets.quick import GroupNorm, upsample_bilinear
 
 SLOPE = 0.2  # of every leaky ReLU
 
@@ -85,7 +85,7 @@ class UpBlock(nn.Module):
             skip = F.conv2d(x, self.skip.weight, bias if self.skip.bias is None else bias + self.skip.bias)
         else:
             skip = x + bias.to(x.dtype).view(-1, 1, 1)
-        return self.conv2(h, bias=False).add_(F.interpolate(skip, scale_factor=2.0, mode="bilinear"))
+        return self.conv2(h, bias=False).add_(upsample_bilinear(skip))
 
 
 class DownBlock(nn.Module):

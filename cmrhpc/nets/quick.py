@@ -131,6 +131,23 @@ class _TransposedInBlocks(torch.autograd.Function):
         return _gradient(slope, x, weight, 2, True, mask)[:2]
 
 
+def upsample_bilinear(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 2H, 2W), bilinear. PyTorch's; but its deterministic way on GPUs goes by way of indices,
+    whose gradient is sorted and added one by one."""
+    if x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return doubled(doubled(x, 2), 3)
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear")
+
+
+def doubled(x: Tensor, dim: int) -> Tensor:
+    """Linear upsampling by 2 along one dimension, by slices and sums alone: every result a quarter on from one pixel
+    towards its neighbour, at the border towards itself."""
+    size = x.shape[dim]
+    before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)], dim)
+    after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)], dim)
+    return torch.stack([torch.lerp(x, before, 0.25), torch.lerp(x, after, 0.25)], dim + 1).flatten(dim, dim + 1)
+
+
 class GroupNorm(nn.GroupNorm):
     """PyTorch's, which in bfloat16 channels-last is slow for small images, and its backward for all: there it goes by
     way of the other layout."""

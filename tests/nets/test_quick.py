@@ -13,7 +13,7 @@ from cmrhpc.nets.blocks import SLOPE, UpBlock
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.nets.plain import PLAIN, with_plain_layers
-from cmrhpc.nets.quick import FewMapsConv2d, FewMapsConvTranspose2d, GroupNorm, block_size
+from cmrhpc.nets.quick import FewMapsConv2d, FewMapsConvTranspose2d, GroupNorm, block_size, doubled
 
 
 def values_and_gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -119,3 +119,16 @@ def test_networks_of_pytorchs_own_layers_compute_the_same(make) -> None:  # type
         assert not any(type(module) in PLAIN for module in plain.modules())
         assert [n for n, _ in plain.named_parameters()] == [n for n, _ in ours.named_parameters()]
         assert same(values_and_gradients(ours, given), values_and_gradients(plain, given))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (6, 3)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_upsampling_by_slices_is_bilinear(height: int, width: int, channels_last: bool) -> None:
+    class Slices(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return doubled(doubled(x, 2), 3)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 3, height, width, dtype=torch.float64).contiguous(memory_format=layout)
+    plain = nn.Upsample(scale_factor=2.0, mode="bilinear")
+    assert same(values_and_gradients(Slices(), x), values_and_gradients(plain, x))

@@ -48,15 +48,15 @@ class OddDiscriminator(nn.Module):
         return self.scale * self.outer(x - 0.1 * x.mean(0, keepdim=True))[:, 0]
 
 
-def make(kind: str, dtype: torch.dtype, workers: int = 1, **settings):  # type: ignore[no-untyped-def]
+def make(kind: str, dtype: torch.dtype, workers: int = 1, device: str = "cpu", **settings):  # type: ignore[no-untyped-def]
     if kind == "odd":
         torch.manual_seed(0)
         g: nn.Module = OddGenerator()
         d: nn.Module = OddDiscriminator()
     else:
         g, d = PAIRS[kind](16, 1, 5, 4, torch.Generator().manual_seed(0))
-    g.to(dtype)
-    d.to(dtype)
+    g.to(device, dtype)
+    d.to(device, dtype)
     plain = PlainEvolution(copy.deepcopy(g), copy.deepcopy(d), **settings)
     channels_last = torch.channels_last if kind != "odd" else torch.preserve_format
     g, d = g.to(memory_format=channels_last), d.to(memory_format=channels_last)  # type: ignore[call-overload]
@@ -103,7 +103,7 @@ def distance(plain: PlainEvolution, fast: Evolution) -> float:
             worst.append((theirs - fast.buffers[s]).abs().max())
     for mine, theirs in zip(plain.discriminator.parameters(), fast.discriminator.parameters(), strict=True):
         worst.append((mine - theirs).detach().abs().max())
-    return float(torch.stack([w.double() for w in worst]).max())
+    return float(torch.stack([w.double().cpu() for w in worst]).max())
 
 
 CASES = [
