@@ -6,6 +6,7 @@ starts at once with all that is loaded and, other than a spawned one, does not r
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,8 @@ def in_order(call: Callable[[Item], Result], items: Sequence[Item], processes: i
     """The result of every item, in the order of the items. `call` raises nothing; its results can be pickled.
 
     processes: by default one per core that this process may use, where there are many items, and none beside this one
-    where there are few, where it has other threads, or not on Linux (elsewhere system libraries do not outlive a fork).
+    where there are few, where Python has other threads, or not on Linux (elsewhere system libraries do not outlive a
+    fork). What a process cannot do, because it was not started or was killed, is done here.
     """
     count = processes or (_processes() if len(items) >= LEAST else 1)
     if count < 2:
@@ -42,39 +44,39 @@ def in_order(call: Callable[[Item], Result], items: Sequence[Item], processes: i
             reader, writer = context.Pipe(duplex=False)
             child = context.Process(target=_work, args=(call, items[first::count], reader, writer), daemon=True)
             with held():
-                child.start()
-            writer.close()  # a child that ends is seen as the end of its pipe
-            readers.append(reader)
-            children.append(child)
+                readers.append(reader)
+                with contextlib.suppress(OSError):  # no more processes for this user, or no memory
+                    child.start()
+                    children.append(child)
+                writer.close()  # a child that ends is seen as the end of its pipe
         for number, item in enumerate(items):
             reader = readers[number % count]
             try:
                 result = reader.recv()
-            except EOFError:  # killed, perhaps for want of memory
+            except (EOFError, OSError):  # ended, between two results or in the middle of one
                 result = call(item)
             yield result
     finally:
         for child in children:
             child.kill()
-        for reader, child in zip(readers, children, strict=True):
-            reader.close()
+        for child in children:
             child.join()
+        for reader in readers:
+            reader.close()
 
 
 def _processes() -> int:
-    if sys.platform != "linux" or threading.active_count() > 1:
+    if sys.platform != "linux" or threading.active_count() > 1 or multiprocessing.current_process().daemon:
         return 1
     return min(MOST, len(os.sched_getaffinity(0)))
 
 
 def _work(call: Callable[[Any], Any], items: Sequence[Any], reader: Connection, writer: Connection) -> None:
     """Send the result of every item, until all are sent or the one who asked has ended."""
-    # Stop signals reach the whole group; the one who asked takes them, and ends this process by SIGTERM or SIGKILL.
+    # SIGINT may reach the whole group: the one who asked takes it, and ends this process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     reader.close()
-    try:
+    with contextlib.suppress(Exception):  # the one who asked works on that item itself and sees it
         for item in items:
             writer.send(call(item))
-    except OSError:
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -53,6 +54,50 @@ def test_what_a_killed_process_leaves_is_done_here() -> None:
         return item
 
     assert list(in_order(work, range(60), processes=2)) == list(range(60))
+
+
+def test_so_is_that_of_one_killed_in_the_middle_of_a_result() -> None:
+    here = os.getpid()
+
+    def work(item: int) -> tuple[int, int, bytes]:
+        return item, os.getpid(), b"x" * 200_000  # more than a pipe holds: it always waits in the middle of one
+
+    found = []
+    for item, process, _ in in_order(work, range(40), processes=2):
+        found.append((item, process))
+        if item == 0:
+            os.kill(process, signal.SIGKILL)
+    assert [item for item, _ in found] == list(range(40))
+    assert {process for item, process in found if item % 2 == 0 and item > 2} == {here}
+
+
+def test_where_no_process_can_be_started_all_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    assert list(in_order(lambda item: (item, os.getpid()), range(9), processes=2)) == [
+        (i, os.getpid()) for i in range(9)
+    ]
+
+
+def test_an_error_in_another_process_is_raised_here_and_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda item: 1 // (item - 5), range(9), processes=2))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_daemon_works_alone() -> None:
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def ask() -> None:
+        writer.send(len(list(in_order(str, range(forked.LEAST)))))
+
+    child = multiprocessing.get_context("fork").Process(target=ask, daemon=True)
+    child.start()
+    writer.close()
+    assert reader.recv() == forked.LEAST
+    child.join()
 
 
 def test_no_process_is_left_when_the_caller_stops_early_or_is_killed(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def under(compute: Compute | None, call: Callable[[], Any]) -> Callable[[], Any]
         if compute:
             setup_compute(compute)
             return call()
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
         torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
         return call()

@@ -7,7 +7,5 @@ import numpy  # noqa: F401
 
 with contextlib.suppress(Exception):  # what cannot be loaded is told by the task that needs it
     import torch
-
-    # What deterministic algorithms and optimizers pull in: seconds in every task.
-    import torch._inductor.config  # noqa: F401
+    import torch._dynamo  # noqa: F401  (what optimizers pull in: over a second in every task)
     import torchvision  # noqa: F401

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 LARGE = 64  # positions of an image from which weight gradients of each sample alone are worth their sums
+TABLE = 2**26  # numbers that these may take at most: 256 MiB
 
 
 @dataclass
@@ -126,29 +127,35 @@ def _convolution(
     fixed = (stride, padding, [1, 1], transposed, [0, 0], 1)
     plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
 
-    def back(x: Tensor, slope: Tensor, weight: Tensor = plain, which: int = 0) -> Tensor:
+    def back(x: Tensor, slope: Tensor, which: int = 0) -> Tensor:
         mask = [which == 0, which == 1, False]
-        return torch.ops.aten.convolution_backward(slope, x, weight, None, *fixed, mask)[which]
+        return torch.ops.aten.convolution_backward(slope, x, plain, None, *fixed, mask)[which]
 
     def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
-        """Every sample's own gradients once and then their sums with the factors, where that is less work than all
-        samples' gradients once per loss: on images so small as to have fewer values than the weights it is not."""
+        """Every sample's own gradients once and then their sums with the factors; or, where images are so small that
+        these sums would take longer, or so many that they would fill the memory, all samples' gradients per loss."""
         factors = factors.to(x.dtype)
         positions = min(x[0, 0].numel(), slope[0, 0].numel())
-        if x.device.type == "cpu" and positions >= LARGE:
-            each = [back(*pair, which=1) for pair in zip(x.split(1), slope.split(1), strict=True)]
-            table = torch.stack([e.permute(0, 2, 3, 1).flatten() for e in each])  # a view where channels-last
-            found = (factors @ table).view(-1, *each[0].permute(0, 2, 3, 1).shape).permute(0, 1, 4, 2, 3)
+        if x.device.type == "cpu" and positions >= LARGE and len(x) * plain.numel() <= TABLE:
+            table = x.new_empty(len(x), plain.numel())
+            for row, x_one, slope_one in zip(table, x.split(1), slope.split(1), strict=True):
+                row.view(_last(plain).shape).copy_(_last(back(x_one, slope_one, 1)))
+            found = (factors @ table).view(-1, *_last(plain).shape).movedim(4, 2)
         else:
             scales = factors[:, :, None, None, None]
             if x.numel() < slope.numel():
-                found = torch.stack([back(x * scale, slope, which=1) for scale in scales])
+                found = torch.stack([back(x * scale, slope, 1) for scale in scales])
             else:
-                found = torch.stack([back(x, slope * scale, which=1) for scale in scales])
+                found = torch.stack([back(x, slope * scale, 1) for scale in scales])
         return [found] if bias is None else [found, factors @ slope.sum((2, 3))]
 
     tap = _Tap([weight, bias], gradients)
     return _apply(taps, x, tap, lambda x: torch.convolution(x, plain, plain_bias, *fixed), back)
+
+
+def _last(weight: Tensor) -> Tensor:
+    """(O, I, kh, kw) -> (O, kh, kw, I), as it lies in memory in channels-last."""
+    return weight.permute(0, 2, 3, 1)
 
 
 def _conv2d(

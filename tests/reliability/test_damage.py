@@ -87,6 +87,21 @@ def test_shards_that_were_swapped_by_copying_are_found_although_their_inodes_sta
     assert to_do(copied)[:2] == [f"{PREDICTION}.h5", str(b.relative_to(copied))]
 
 
+def test_the_index_is_the_same_when_its_shards_are_read_side_by_side(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / f"{PREDICTION}.h5").write_bytes(b"damaged")
+    (copied / "index.json").unlink(missing_ok=True)
+    alone = Workspace(copied).index()
+    (copied / "index.json").unlink()
+    monkeypatch.setattr("cmrhpc.forked.LEAST", 1)
+    monkeypatch.setattr("cmrhpc.forked._processes", lambda: 2)
+    assert Workspace(copied).index() == alone
+    assert len(alone) > 5
+    assert f"{PREDICTION}.h5" not in alone
+    assert all(entry.inode == (copied / name).stat().st_ino for name, entry in alone.items())
+
+
 @pytest.mark.parametrize(("change", "reason"), [("seed", "seed changed"), ("settings", "generations: 3 -> 2")])
 def test_a_shard_of_another_study_or_seed_is_found(copied: Path, tmp_path: Path, change: str, reason: str) -> None:
     other = copy_of(copied, tmp_path / "other")
