@@ -135,7 +135,11 @@ def run(args: argparse.Namespace) -> int:
 
     workspace = Workspace(args.workspace)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = args.jobs or max(1, cores // workspace.study.compute.threads)
+    threads = workspace.study.compute.threads
+    jobs = args.jobs or max(1, cores // threads)
+    if args.jobs and jobs * threads > cores:  # threads that wait for each other at every operation
+        told = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {cores} cores"
+        print(f"{told}: --jobs {max(1, cores // threads)} is quicker", file=sys.stderr)
     summary = run_all(workspace, jobs, args.plain)
     if not summary.done and not summary.failed and not summary.missing:
         print(f"nothing to do: all {summary.already} tasks are done")

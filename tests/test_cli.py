@@ -137,7 +137,7 @@ def test_a_run_whose_reader_has_left_saves_checkpoints_and_ends(tmp_path: Path, 
         assert process.stderr
         process.stdout.close()
         assert process.wait(120) == 141
-        assert process.stderr.read() == b""
+        assert [line for line in process.stderr if not line.startswith(b"! --jobs 5")] == []  # too many for few cores
     states = [record.state for path in (root / "logs").glob("synthesize_*.json") if (record := read_record(path))]
     assert states == ["stopped"] * 4
 

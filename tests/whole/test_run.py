@@ -97,6 +97,10 @@ def test_a_finished_study_says_that_there_is_nothing_to_do(finished: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     done = cmrhpc("run", finished)
     assert "nothing to do" in done.stdout
+    assert done.stderr == ""
+    crowded = cmrhpc("run", finished, "--jobs", 999)
+    assert "nothing to do" in crowded.stdout
+    assert "! --jobs 999 starts 999 threads" in crowded.stderr
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
