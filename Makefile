@@ -29,9 +29,9 @@ test-cluster: $(READY)
 test-kill: $(READY)
 	$(BIN)/python -m pytest -m slow $(addprefix tests/reliability/test_,kill.py race.py file_faults.py stop.py)
 
-# What holds on the CPU holds on a GPU too. Without one it says that it left that half out.
+# What holds on the CPU holds on a GPU too.
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m device --device cuda
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

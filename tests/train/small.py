@@ -27,14 +27,15 @@ def draws(
     scoring: int = 7,
     latent: int = 5,
     size: int = 16,
+    device: str = "cpu",
 ) -> Draws:
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=dtype)
+        return torch.randn(*shape, generator=rng, dtype=dtype).to(device)
 
     return Draws(
         real=normal(steps, batch, 1, size, size).tanh(),
         noise=normal(steps, batch, latent),
-        lam=torch.rand(steps, batch, generator=rng, dtype=dtype) if mixup else None,
+        lam=torch.rand(steps, batch, generator=rng, dtype=dtype).to(device) if mixup else None,
         training_noise=normal(passes, batch, latent),
         scoring_real=normal(scoring, 1, size, size).tanh(),
         scoring_noise=normal(scoring, latent),

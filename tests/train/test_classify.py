@@ -94,12 +94,17 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert [e["step"] for e in logs[1]] == [3, 6, 9]
 
 
-def test_resume_of_a_real_network_is_bitwise(tmp_path: Path) -> None:
+@pytest.mark.device
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_resume_of_a_real_network_is_bitwise(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr("tests.train.test_classify.COMPUTE", dataclasses.replace(COMPUTE, mode=mode))
     settings = dataclasses.replace(TINY, network="resnet50", steps=3, validate_every=2, batch=2)
-    undisturbed = train(settings)
+    undisturbed = train(settings, device=device)
 
     def again(should_stop: Any) -> TrainedClassifier:
-        return train(settings, checkpoints=Checkpoints(tmp_path, {}), should_stop=should_stop)
+        return train(settings, device=device, checkpoints=Checkpoints(tmp_path, {}), should_stop=should_stop)
 
     assert small.same(content(undisturbed), content(small.stopped_and_resumed(again, [1, 2])))
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
+from cmrhpc.study import Compute
 from cmrhpc.train import losses
+from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.evolution import Evolution, frozen_statistics
 from cmrhpc.train.flat import Flat, adam_step
 from cmrhpc.train.plain import PlainEvolution
@@ -123,15 +125,17 @@ CASES = [
 ]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(("kind", "names", "survivors", "mixup", "shared", "workers"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fast_step_equals_the_plain_step(kind, names, survivors, mixup, shared, workers, dtype) -> None:  # type: ignore[no-untyped-def]
-    plain, fast = make(kind, dtype, workers=workers, mutations=names, survivors=survivors, gamma=0.3)
+def test_fast_step_equals_the_plain_step(kind, names, survivors, mixup, shared, workers, dtype, device) -> None:  # type: ignore[no-untyped-def]
+    setup_compute(Compute(threads=1))  # deterministic, as in a task
+    plain, fast = make(kind, dtype, workers=workers, device=device, mutations=names, survivors=survivors, gamma=0.3)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-4
     rng = torch.Generator().manual_seed(1)
     for generation in range(6):
         passes = 1 if shared else len(fast.parents) * len(names)
-        draws = small.draws(rng, dtype=dtype, mixup=mixup, passes=passes, steps=1 + generation % 2)
+        draws = small.draws(rng, dtype=dtype, mixup=mixup, passes=passes, steps=1 + generation % 2, device=device)
         slow, quick = plain.generation(draws), fast.generation(draws)
         for a, b in ((slow.loss_d, quick.loss_d), (slow.loss_g, quick.loss_g), (slow.f_q, quick.f_q)):
             assert torch.allclose(a, b, rtol=0, atol=tolerance)

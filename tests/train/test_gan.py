@@ -48,15 +48,17 @@ def content(trained: TrainedGan) -> dict[str, torch.Tensor]:
     return trained.weights() | images
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
+def test_resume_is_bitwise(name: str, tmp_path: Path, device: str) -> None:
     settings, logs = VARIANTS[name], ([], [])  # type: ignore[var-annotated]
-    undisturbed = train(settings, log=logs[0].append)
+    undisturbed = train(settings, device=device, log=logs[0].append)
 
     def again(should_stop: Any) -> TrainedGan:
         logs[1].clear()
         checkpoints = Checkpoints(tmp_path, dataclasses.asdict(settings))
-        return train(settings, checkpoints=checkpoints, should_stop=should_stop, log=logs[1].append)
+        more = {"checkpoints": checkpoints, "should_stop": should_stop, "log": logs[1].append}
+        return train(settings, device=device, **more)
 
     resumed = small.stopped_and_resumed(again, [1, 3, 4, 6])
     assert small.same(content(undisturbed), content(resumed))
@@ -66,16 +68,20 @@ def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
     assert [entry["step"] for entry in logs[1]] == [2, 4, 6, 7]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("name", ["residual", "dcgan"])
-def test_resume_side_by_side_is_bitwise(name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_side_by_side_is_bitwise(
+    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     """Two threads: passes run side by side, and those of the residual networks in halves of a batch."""
     monkeypatch.setattr("cmrhpc.train.compute.has_bfloat16", lambda device: True)  # emulated, where it is not
     settings = dataclasses.replace(TINY, networks=name, mixup_alpha=0.2 if name == "residual" else 0.0)
     compute = Compute(mode=mode, threads=2)
 
     def train_two(**more: Any) -> TrainedGan:
-        return train_gan(small.images(10), None, settings, compute, Affine(), n_classes=2, seed=5, **more)
+        more |= {"n_classes": 2, "seed": 5, "device": device}
+        return train_gan(small.images(10), None, settings, compute, Affine(), **more)
 
     try:
         undisturbed = train_two()

@@ -74,15 +74,21 @@ def content(trained: TrainedRefiner) -> dict[str, torch.Tensor]:
     return trained.weights() | {"images": trained.refine(small.images(70, seed=2))}
 
 
+@pytest.mark.device
+@pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("settings", [TINY, dataclasses.replace(TINY, momentum=0.0, pretrain="self", expand=True)])
-def test_resume_is_bitwise(settings: Refiner, tmp_path: Path) -> None:
+def test_resume_is_bitwise(
+    settings: Refiner, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr("tests.train.test_refine.COMPUTE", dataclasses.replace(COMPUTE, mode=mode))
     logs: tuple[list, list] = ([], [])
-    undisturbed = train(settings, log=logs[0].append)
+    undisturbed = train(settings, device=device, log=logs[0].append)
 
     def again(should_stop: Any) -> TrainedRefiner:
         logs[1].clear()
         checkpoints = Checkpoints(tmp_path, dataclasses.asdict(settings))
-        return train(settings, checkpoints=checkpoints, should_stop=should_stop, log=logs[1].append)
+        more = {"checkpoints": checkpoints, "should_stop": should_stop, "log": logs[1].append}
+        return train(settings, device=device, **more)
 
     resumed = small.stopped_and_resumed(again, [1, 3, 5, 8, 9])
     assert small.same(content(undisturbed), content(resumed))
