@@ -138,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
     threads = workspace.study.compute.threads
     jobs = args.jobs or max(1, cores // threads)
     if args.jobs and jobs * threads > cores:  # threads that wait for each other at every operation
-        told = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {cores} cores"
-        print(f"{told}: --jobs {max(1, cores // threads)} is quicker", file=sys.stderr)
+        crowded = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {cores} cores"
+        print(f"{crowded}: --jobs {max(1, cores // threads)} is quicker", file=sys.stderr)
     summary = run_all(workspace, jobs, args.plain)
     if not summary.done and not summary.failed and not summary.missing:
         print(f"nothing to do: all {summary.already} tasks are done")
