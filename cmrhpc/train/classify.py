@@ -17,8 +17,9 @@ from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.nets.classifiers import build_classifier
 from cmrhpc.study import Classifier, Compute
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
-from cmrhpc.train.compute import autocast, setup_compute
+from cmrhpc.train.compute import autocast, sent, setup_compute
 from cmrhpc.train.log import json_safe
+from cmrhpc.train.recorded import Recorded
 
 SCORING_BATCH = 64
 
@@ -77,6 +78,7 @@ def train_classifier(
     best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     history: list[dict[str, float]] = []
     window: list[float] = []
+    losses: list[Tensor] = []  # of the newest steps, still on the device: asking for each would wait for it
     saved = checkpoints.newest() if checkpoints else None
     if checkpoints and saved:
         with checkpoints.loading():
@@ -92,14 +94,14 @@ def train_classifier(
     clock = time.monotonic()
     model.train()
     while step < settings.steps:
-        loss = training.step(order.next())
+        losses.append(training.step(order.next()))
         step += 1
-        window.append(float(loss))
 
         # Validate, and keep the best weights.
         if step % settings.validate_every == 0 or step == settings.steps:
             logits = _logits(model, validation_images).double()
             model.train()
+            window += _values(losses)
             entry = {
                 "step": step,
                 "train_loss": math.fsum(window) / len(window),
@@ -124,6 +126,7 @@ def train_classifier(
             stopping = should_stop()
             if checkpoints and (stopping or checkpoints.due()):
                 tensors = _tensors(model, optimizer, best) | order.tensors()
+                window += _values(losses)
                 state = {"best_step": best_step, "history": history, "window": window, "position": order.position}
                 checkpoints.save(step, tensors, state)
             if stopping:
@@ -149,13 +152,23 @@ class Training:
         self.compute, self.device = compute, device
         self.model = build_classifier(settings.network, images.shape[1], n_classes, init_seed, settings.weights)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.RMSprop(self.model.parameters(), lr=settings.learning_rate)
+        on_gpu = device.type == "cuda"
+        rate = settings.learning_rate
+        self.optimizer = torch.optim.RMSprop(self.model.parameters(), lr=rate, capturable=on_gpu)
+        self.recorded = Recorded(self._step, self.state) if on_gpu else None
         self.images = images.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
         self.labels = labels.to(device, torch.long)
 
     def step(self, index: Tensor) -> Tensor:
         """One step on the images of `index` (batch,); returns their loss ()."""
-        index = index.to(self.device)
+        return (self.recorded or self._step)(sent(index, self.device))
+
+    def state(self) -> list[Tensor]:
+        """Everything that a step changes, the same memory from the second one on."""
+        moments = [value for kept in self.optimizer.state.values() for value in kept.values()]
+        return [*self.model.parameters(), *self.model.buffers(), *moments]
+
+    def _step(self, index: Tensor) -> Tensor:
         with autocast(self.compute, self.device):
             logits = self.model(self.images[index])
         loss = F.cross_entropy(logits.float(), self.labels[index])
@@ -200,6 +213,13 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _values(losses: list[Tensor]) -> list[float]:
+    """Their values, and empties the list."""
+    values = torch.stack(losses).tolist() if losses else []
+    losses.clear()
+    return values
+
+
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
     named = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     named |= {f"best.{name}": tensor for name, tensor in best.items()}
@@ -220,5 +240,8 @@ def _load(
         for key in ("step", "square_avg"):
             value = tensors.get(f"optimizer.{key}.{name}")
             if value is not None:
-                shaped = torch.empty_like(parameter).copy_(value) if key == "square_avg" else value
-                optimizer.state[parameter][key] = shaped
+                if key == "square_avg":
+                    value = torch.empty_like(parameter).copy_(value)
+                elif optimizer.defaults["capturable"]:
+                    value = value.to(parameter.device)
+                optimizer.state[parameter][key] = value

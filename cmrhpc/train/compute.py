@@ -6,6 +6,7 @@ import ctypes
 import os
 
 import torch
+from torch import Tensor
 
 from cmrhpc.study import Compute
 
@@ -38,6 +39,13 @@ def _keep_freed_memory() -> None:
         pass  # another C library: only slower
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device; to a GPU without waiting for what it is at, which a plain copy does."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    )
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device itself computes in bfloat16.
 
@@ -58,4 +66,6 @@ def uses_bfloat16(compute: Compute, device: torch.device) -> bool:
 
 def autocast(compute: Compute, device: torch.device) -> torch.autocast:
     """Bfloat16 arithmetic where it is used. Weights, optimizer states and losses stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(compute, device))
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(compute, device), cache_enabled=False
+    )

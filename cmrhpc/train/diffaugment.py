@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cmrhpc.train.compute import sent
+
 NUMBERS = (
     7  # per sample: brightness, saturation, contrast, shift of rows and columns, centre of the cut, rows and columns
 )
@@ -31,7 +33,7 @@ class Views:
     @staticmethod
     def draw(steps: int, batch: int, scoring: int, rng: torch.Generator, device: torch.device) -> Views:
         def some(*shape: int) -> Tensor:
-            return torch.rand(*shape, NUMBERS, generator=rng).to(device)
+            return sent(torch.rand(*shape, NUMBERS, generator=rng), device)
 
         return Views(some(steps, batch), some(steps, batch), some(batch), some(scoring), some(scoring))
 

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from cmrhpc.nets.spectral import spectral_layers
 from cmrhpc.train import losses
+from cmrhpc.train.compute import sent
 from cmrhpc.train.diffaugment import Views, augment
-from cmrhpc.train.flat import Flat, adam_children, adam_step
+from cmrhpc.train.flat import Flat, Rates, adam_children, adam_rates, adam_step
+from cmrhpc.train.recorded import Recorded
 from cmrhpc.train.taps import Taps
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 
@@ -44,6 +46,14 @@ class Draws:
     training_label: Tensor | None = None  # (1 or survivors * mutations, B)
     scoring_label: Tensor | None = None  # (E,)
     views: Views | None = None  # DiffAugment's draws; None without
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a generation reads beside its state."""
+
+    draws: Draws
+    rates: Tensor | None  # (T + 1, 2) Adam's of the D steps and of the offspring; None on the CPU
 
 
 @dataclass(frozen=True)
@@ -122,34 +132,63 @@ class Evolution:
         self.first, self.second = torch.zeros_like(self.parents), torch.zeros_like(self.parents)
         self.d_first, self.d_second = torch.zeros_like(self.d.vector), torch.zeros_like(self.d.vector)
         self.normed = spectral_layers(discriminator)
+        # On a GPU generations with and without scores are recorded, each when it comes.
+        self.recorded: dict[bool, Recorded[_Given, Outcome]] = {}
+        if self.g.vector.device.type == "cuda":
+            self.recorded = {
+                s: Recorded(functools.partial(self._generation, score=s), self.state) for s in (True, False)
+            }
 
     def generation(self, draws: Draws, score: bool = True) -> Outcome:
         """Train D, make every parent's offspring, score them, keep the best with their own optimizer states.
 
         score: False leaves out the scores (zeros then) where all offspring survive, so that they decide nothing.
         """
-        loss_d = torch.stack([self._train_discriminator(draws, t) for t in range(len(draws.real))]).mean()
+        steps = len(draws.real)
+        rates = [adam_rates(self.d_steps + t + 1, self.learning_rate, self.betas) for t in range(steps)]
+        rates.append(adam_rates(self.step + 1, self.learning_rate, self.betas))
+        self.step, self.d_steps = self.step + 1, self.d_steps + steps
+        score = score or len(self.parents) * len(self.mutations) > self.survivors
+        if not self.recorded:
+            return self._generation(_Given(draws, None), score, rates)
+        return self.recorded[score](
+            _Given(draws, sent(torch.tensor(rates, dtype=self.g.vector.dtype), self.g.vector.device))
+        )
+
+    def state(self) -> list[Tensor]:
+        """Everything that a generation changes, the same memory from the second one on."""
+        counters = [b for n in (self.generator, self.discriminator) for b in n.buffers() if not b.is_floating_point()]
+        flat = [self.g.vector, self.g.buffers, self.d.vector, self.d.buffers]
+        return [self.parents, self.buffers, self.first, self.second, self.d_first, self.d_second, *flat, *counters]
+
+    # The parts of a generation.
+
+    def _generation(self, given: _Given, score: bool, rates: Sequence[Rates] = ()) -> Outcome:
+        draws, rates = given.draws, rates if given.rates is None else list(given.rates)
+        steps = [self._train_discriminator(draws, t, rates[t]) for t in range(len(draws.real))]
         loss_g, gradients, buffers = self._mutate(draws)
-        self.step += 1
 
         # Every offspring takes one step from its parent's weights and optimizer state.
         offspring, first, second = adam_children(
-            self.parents, gradients, self.first, self.second, self.step, self.learning_rate, self.betas
+            self.parents, gradients, self.first, self.second, rates[-1], self.betas
         )
 
         # Score them on the same noise and the same real images, and select.
-        if score or len(offspring) > self.survivors:
-            f_q, f_d = self._score(draws, offspring, buffers)
-        else:
-            f_q = f_d = torch.zeros_like(loss_g)
+        f_q, f_d = self._score(draws, offspring, buffers) if score else [torch.zeros_like(loss_g)] * 2
         fitness = (f_q + self.gamma * f_d).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = torch.sort(fitness, descending=True, stable=True).indices[: self.survivors]
-        self.parents, self.first, self.second = offspring[order], first[order], second[order]
-        self.buffers = buffers[order]
-        self._hold(self.parents[0], self.buffers[0])
-        return Outcome(loss_d, loss_g, f_q, f_d, order)
+        self._keep(offspring[order], buffers[order], first[order], second[order])
+        return Outcome(torch.stack(steps).mean(), loss_g, f_q, f_d, order)
 
-    # The parts of a generation.
+    def _keep(self, *survivors: Tensor) -> None:
+        """Make these the parents, in the memory of those before them if they are as many."""
+        parents = (self.parents, self.buffers, self.first, self.second)
+        if len(survivors[0]) == len(self.parents):
+            for old, new in zip(parents, survivors, strict=True):
+                old.copy_(new)
+        else:
+            self.parents, self.buffers, self.first, self.second = survivors
+        self._hold(self.parents[0], self.buffers[0])
 
     def _hold(self, vector: Tensor, buffers: Tensor) -> None:
         """Load one individual into the generator module."""
@@ -173,13 +212,12 @@ class Evolution:
         ends = [count * i // self.pieces for i in range(self.pieces + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(ends) if b > a]
 
-    def _train_discriminator(self, draws: Draws, t: int) -> Tensor:
+    def _train_discriminator(self, draws: Draws, t: int, rates: Rates) -> Tensor:
         """One Adam step on L_D (M6); the fakes come from all parents in equal parts."""
         spans = self._spans(draws.real.shape[1])
         done = self.workers.run([functools.partial(self._loss_d, draws=draws, t=t, span=span) for span in spans])
         loss, gradient = (sum(parts[1:], start=parts[0]) for parts in zip(*done, strict=True))
-        self.d_steps += 1
-        adam_step(self.d.vector, gradient, self.d_first, self.d_second, self.d_steps, self.learning_rate, self.betas)
+        adam_step(self.d.vector, gradient, self.d_first, self.d_second, rates, self.betas)
         for norm, weight in self.normed:
             norm.iterate(weight)
         return loss

@@ -51,23 +51,30 @@ class Flat:
         return views
 
 
+Rates = tuple[float, float] | Tensor  # Adam's numbers of one step; on a GPU two numbers on it
+
+
+def adam_rates(step: int, learning_rate: float, betas: tuple[float, float]) -> tuple[float, float]:
+    """What Adam's step number `step` (from 1) divides the root of the second moment by, and its step size."""
+    return (1 - betas[1] ** step) ** 0.5, learning_rate / (1 - betas[0] ** step)
+
+
 def adam_step(
     vector: Tensor,
     gradient: Tensor,
     first: Tensor,
     second: Tensor,
-    step: int,
-    learning_rate: float,
+    rates: Rates,
     betas: tuple[float, float],
     eps: float = 1e-8,
 ) -> None:
-    """One step of Adam, in place on `vector`, `first` and `second` moments (any equal shapes); `step` counts from 1.
+    """One step of Adam, in place on `vector`, `first` and `second` moments (any equal shapes).
 
-    The operations and their order are those of torch.optim.Adam.
+    With numbers as rates the operations and their order are those of torch.optim.Adam.
     """
     for part in _parts(vector):
         pieces = (vector[..., part], gradient[..., part], first[..., part], second[..., part])
-        _adam(*pieces, step, learning_rate, betas, eps)
+        _adam(*pieces, rates, betas, eps)
 
 
 def adam_children(
@@ -75,8 +82,7 @@ def adam_children(
     gradients: Tensor,
     first: Tensor,
     second: Tensor,
-    step: int,
-    learning_rate: float,
+    rates: Rates,
     betas: tuple[float, float],
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,18 +95,22 @@ def adam_children(
         for child, parent in zip(made, (parents, first, second), strict=True):
             child[:, part] = parent[:, part].repeat_interleave(len(gradients) // len(parents), dim=0)
         vector, m, v = (child[:, part] for child in made)
-        _adam(vector, gradients[:, part], m, v, step, learning_rate, betas, eps)
+        _adam(vector, gradients[:, part], m, v, rates, betas, eps)
     return made
 
 
 def _adam(
-    vector: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, rate: float, betas: tuple[float, float], eps: float
+    vector: Tensor, g: Tensor, m: Tensor, v: Tensor, rates: Rates, betas: tuple[float, float], eps: float
 ) -> None:
     beta1, beta2 = betas
+    root, size = rates
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    vector.addcdiv_(m, root, value=-rate / (1 - beta1**step))
+    scaled = v.sqrt().div_(root).add_(eps)
+    if isinstance(size, Tensor):  # not read by Python, so that the step can be recorded
+        vector.addcdiv_(m * size, scaled, value=-1)
+    else:
+        vector.addcdiv_(m, scaled, value=-size)
 
 
 CACHED = 2**16  # numbers of each of five tensors that stay in a core's cache from one operation to the next

@@ -20,7 +20,7 @@ from cmrhpc.study import Affine, Compute, Generator
 from cmrhpc.train import losses
 from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
-from cmrhpc.train.compute import setup_compute, uses_bfloat16
+from cmrhpc.train.compute import sent, setup_compute, uses_bfloat16
 from cmrhpc.train.diffaugment import Views
 from cmrhpc.train.evolution import Draws, Evolution, Outcome
 from cmrhpc.train.latent import Latent
@@ -187,16 +187,16 @@ def draw_generation(
     passes = 1 if settings.training_noise == "shared" else parents * len(settings.mutations)
 
     def noise(*shape: int) -> Tensor:
-        return latent.sample(math.prod(shape), rng).view(*shape, -1).to(data.device)
+        return sent(latent.sample(math.prod(shape), rng).view(*shape, -1), data.device)
 
     def some(*shape: int) -> Tensor:
-        return torch.randint(len(data), shape, generator=rng).to(data.device)
+        return sent(torch.randint(len(data), shape, generator=rng), data.device)
 
     def classes(*shape: int) -> Tensor | None:
-        return torch.randint(n_classes, shape, generator=rng).to(data.device) if n_classes else None
+        return sent(torch.randint(n_classes, shape, generator=rng), data.device) if n_classes else None
 
     real, scoring_real = some(steps, batch), some(scoring)
-    lam = losses.beta(settings.mixup_alpha, (steps, batch), rng).to(data.device) if settings.mixup_alpha else None
+    lam = sent(losses.beta(settings.mixup_alpha, (steps, batch), rng), data.device) if settings.mixup_alpha else None
     return Draws(
         real=data[real.flatten()].unflatten(0, (steps, batch)),
         noise=noise(steps, batch),
@@ -357,7 +357,7 @@ class _Run:
         """Go on from `tensors` and `state`; the stored log entries are handed out again."""
         e, device = self.evolution, self.evolution.g.vector.device
         e.parents, e.buffers, e.first, e.second = (
-            tensors[name].to(device) for name in ("parents", "buffers", "first", "second")
+            tensors[name].to(device, copy=True) for name in ("parents", "buffers", "first", "second")
         )
         e.d.vector.copy_(tensors["d"])
         e.d.buffers.copy_(tensors["d_buffers"])
@@ -369,7 +369,7 @@ class _Run:
         e.step, e.d_steps = state["step"], state["d_steps"]
         self.rng.set_state(tensors["rng"])
         if self.ema:
-            self.ema = (tensors["ema"].to(device), tensors["ema_buffers"].to(device))
+            self.ema = (tensors["ema"].to(device, copy=True), tensors["ema_buffers"].to(device, copy=True))
         self.step, self.window_steps = state["step"], state["window_steps"]
         self.window = tensors["window"].to(device) if self.window_steps else self.window
         self.wins, self.entries, self.warned = state["wins"], state["entries"], state["warned"]

@@ -18,7 +18,7 @@ from cmrhpc.study import Affine, Compute, Refiner
 from cmrhpc.train import losses
 from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
-from cmrhpc.train.compute import autocast, setup_compute
+from cmrhpc.train.compute import autocast, sent, setup_compute
 from cmrhpc.train.log import json_safe
 
 REFINING_BATCH = 64
@@ -51,7 +51,8 @@ class HistoryBuffer:
             self.filled += count
             return fresh
         half = min(len(fresh) // 2, len(self.images))
-        places = torch.randperm(len(self.images), generator=rng)[:half].to(self.images.device)
+        places = torch.randperm(len(self.images), generator=rng)[:half]
+        places = sent(places, self.images.device)
         batch = torch.cat([self.images[places], fresh[: len(fresh) - half]])
         self.images[places] = fresh[len(fresh) - half :]
         return batch
@@ -122,6 +123,7 @@ def train_refiner(
     # Take up a checkpoint.
     entries: list[dict[str, Any]] = []
     window: dict[str, list[float]] = {}
+    waiting: dict[str, list[Tensor]] = {}  # since the window's last entry, on the device
     step = 0
     saved = checkpoints.newest() if checkpoints else None
     if checkpoints and saved:
@@ -137,10 +139,16 @@ def train_refiner(
 
     def draw(images: Tensor) -> Tensor:
         index = torch.randint(len(images), (settings.batch,), generator=rng)
-        return images[index.to(device)].contiguous(memory_format=torch.channels_last)
+        return images[sent(index, device)].contiguous(memory_format=torch.channels_last)
 
     def note(name: str, value: Tensor) -> None:
-        window.setdefault(name, []).append(float(value.detach()))
+        waiting.setdefault(name, []).append(value.detach())
+
+    def settle() -> None:
+        """The noted values as numbers; asking for each at once would wait for the device at every step."""
+        for name, values in waiting.items():
+            window.setdefault(name, []).extend(torch.stack(values).tolist())
+        waiting.clear()
 
     def update_refiner(adversarial: bool) -> None:
         x = draw(synthetic)
@@ -190,6 +198,7 @@ def train_refiner(
 
         # Log.
         if step % settings.log_every == 0 or step == total:
+            settle()
             means = {name: math.fsum(values) / len(values) for name, values in window.items()}
             steps_per_second = settings.log_every / max(time.monotonic() - clock, 1e-9)
             entry = {"step": step, "phase": phase, **{f"loss_{k}": v for k, v in means.items()}}
@@ -213,6 +222,7 @@ def train_refiner(
         if step < total:
             stopping = should_stop()
             if checkpoints and (stopping or checkpoints.due()):
+                settle()
                 tensors = _tensors("r", r, r_sgd) | _tensors("d", d, d_sgd)
                 tensors |= {"buffer": buffer.images, "rng": rng.get_state()}
                 state = {"entries": entries, "window": window, "filled": buffer.filled}

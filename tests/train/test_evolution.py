@@ -17,7 +17,7 @@ from cmrhpc.study import Compute
 from cmrhpc.train import losses
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.evolution import Evolution, frozen_statistics
-from cmrhpc.train.flat import Flat, adam_step
+from cmrhpc.train.flat import Flat, adam_rates, adam_step
 from cmrhpc.train.plain import PlainEvolution
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 from tests.train import small
@@ -206,7 +206,8 @@ def test_gradients_of_all_mutations_agree_with_separate_backward_passes() -> Non
         assert torch.allclose(gradient, slow, rtol=0, atol=1e-12)
 
 
-def test_adam_is_torchs_adam() -> None:
+@pytest.mark.parametrize("rates", [tuple, torch.tensor])
+def test_adam_is_torchs_adam(rates) -> None:  # type: ignore[no-untyped-def]
     rng = torch.Generator().manual_seed(0)
     weights = torch.nn.Parameter(torch.randn(50, generator=rng))
     adam = torch.optim.Adam([weights], lr=1e-2, betas=(0.5, 0.9))
@@ -214,7 +215,7 @@ def test_adam_is_torchs_adam() -> None:
     for step in range(1, 30):
         weights.grad = torch.randn(50, generator=rng)
         adam.step()
-        adam_step(mine, weights.grad, first, second, step, 1e-2, (0.5, 0.9))
+        adam_step(mine, weights.grad, first, second, rates(adam_rates(step, 1e-2, (0.5, 0.9))), (0.5, 0.9))
         assert torch.allclose(weights.detach(), mine, rtol=1e-6, atol=1e-7)
         assert torch.equal(adam.state[weights]["exp_avg"], first)
         assert torch.equal(adam.state[weights]["exp_avg_sq"], second)
@@ -303,7 +304,7 @@ def test_scoring_moves_no_running_statistics() -> None:
     assert torch.equal(fast.g.buffers, buffers[0])
     fast._mutate(draws)
     assert torch.equal(fast.d.buffers, before)
-    fast._train_discriminator(draws, 0)
+    fast._train_discriminator(draws, 0, adam_rates(2, 2e-4, (0.5, 0.999)))
     assert not torch.equal(fast.d.buffers, before)
 
 

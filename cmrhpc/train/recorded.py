@@ -1,0 +1,144 @@
+"""A training step recorded once as a CUDA graph and replayed.
+
+A step of small networks is thousands of short kernels, and a GPU waits for Python to launch one after the other. A
+graph is launched as a whole: the same kernels on the same memory. So whatever a step reads must lie in memory that
+stays, its state and a copy of its inputs that is filled before each replay; and Python may decide nothing by values
+that lie on the device.
+
+A recording is trusted after it has made the same steps as the plain call, on different inputs; otherwise, or where
+nothing can be recorded, the training goes on without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+I = TypeVar("I")
+O = TypeVar("O")
+
+Capture = Callable[[Callable[[], O]], tuple[Callable[[], None], O]]
+
+PLAIN = 2  # steps before the recording: shapes settle, libraries choose their ways and reserve their memory
+CHECKS = 2  # replays that are held against the plain step
+TOLERANCE = 0.05  # of what the step itself changes; a stale input or a lost update is off by all of it
+
+
+def cuda_graph(step: Callable[[], O]) -> tuple[Callable[[], None], O]:
+    """(replay, outputs): `outputs` lie where each replay writes them. The step runs once, before it is recorded."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return graph.replay, outputs
+
+
+class Recorded(Generic[I, O]):
+    """Calls `step(inputs) -> outputs`, from the third call on by replaying it.
+
+    step: reads its inputs and the state, changes the state in place. state: the tensors that a step changes, always the
+    same memory from the second step on. capture: `cuda_graph`. trouble: why the plain
+    step is used, if it is.
+    """
+
+    def __init__(self, step: Callable[[I], O], state: Callable[[], list[Tensor]], capture: Capture = cuda_graph):
+        self.step, self.state, self.capture = step, state, capture
+        self.plain, self.checks = PLAIN, CHECKS
+        self.trouble = ""
+        self.held: I | None = None
+        self.outputs: O | None = None
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, inputs: I) -> O:
+        if self.plain:
+            self.plain -= 1
+            return self.step(inputs)
+        if self.replay is None and not self.trouble:
+            self._record(inputs)
+        if self.replay is None or not _fits(self.held, inputs):
+            return self.step(inputs)
+        for here, there in zip(_tensors(self.held), _tensors(inputs), strict=True):
+            here.copy_(there)
+        if self.checks:
+            self.checks -= 1
+            return self._checked(inputs)
+        self.replay()
+        return _copied(self.outputs)
+
+    def _record(self, inputs: I) -> None:
+        """Record the step; the state stays as it is."""
+        before = _values(self.state())
+        try:
+            self.held = _copied(inputs)
+            self.replay, self.outputs = self.capture(lambda: self.step(self.held))  # type: ignore[arg-type]
+        except RuntimeError as error:  # no memory for it, or something that cannot be recorded
+            self._give_up(str(error).partition("\n")[0])
+        _restore(self.state(), before)
+
+    def _checked(self, inputs: I) -> O:
+        """One step in both ways, from the same state."""
+        assert self.replay is not None
+        before = _values(self.state())
+        wanted = self.step(inputs)
+        after = _values(self.state())
+        _restore(self.state(), before)
+        self.replay()
+        made, now = self.outputs, self.state()
+        agrees = all(_near(b, a, n) for b, a, n in zip(before, after, now, strict=True))
+        pairs = zip(_tensors(wanted), _tensors(made), strict=True)
+        if agrees and all(torch.allclose(a, b, rtol=TOLERANCE, equal_nan=True) for a, b in pairs):
+            return _copied(made)
+        _restore(now, after)
+        self._give_up("its replay made another step than the plain call")
+        return wanted
+
+    def _give_up(self, why: str) -> None:
+        self.trouble = why
+        warnings.warn(f"training goes on without a CUDA graph, slower: {why}", RuntimeWarning, stacklevel=4)
+        self.held = self.outputs = self.replay = None
+
+
+def _near(before: Tensor, after: Tensor, now: Tensor) -> bool:
+    change, off = (float(torch.linalg.vector_norm((x.detach() - after).double())) for x in (before, now))
+    return off <= TOLERANCE * change
+
+
+def _values(state: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in state]
+
+
+@torch.no_grad()
+def _restore(state: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(state, values, strict=True):
+        tensor.copy_(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a tensor, None or dataclass, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _fits(held: Any, inputs: Any) -> bool:
+    return [t.shape for t in _tensors(held)] == [t.shape for t in _tensors(inputs)]
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if value is None:
+        return None
+    return type(value)(**{field.name: _copied(getattr(value, field.name)) for field in dataclasses.fields(value)})

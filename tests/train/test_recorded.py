@@ -1,0 +1,218 @@
+"""A recorded step against the plain one.
+
+The recording here is of torch's operations on the same memory, as a CUDA graph is one of kernels: what Python decided
+while it was made stays decided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmrhpc.nets.dae_gan import residual_pair
+from cmrhpc.nets.dcgan import dcgan_pair
+from cmrhpc.nets.spectral import add_spectral_norm
+from cmrhpc.study import Classifier, Compute
+from cmrhpc.train import recorded
+from cmrhpc.train.classify import Training
+from cmrhpc.train.compute import setup_compute
+from cmrhpc.train.diffaugment import Views
+from cmrhpc.train.evolution import Evolution, _Given
+from cmrhpc.train.recorded import Recorded
+from tests.train import small
+
+PAIRS = {"residual": residual_pair, "dcgan": dcgan_pair}
+
+
+def recording(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """`cuda_graph` for the CPU."""
+    kinds: list[Any] = []
+
+    def run() -> list[Tensor]:
+        kinds.append(step())
+        return list(recorded._tensors(kinds[-1]))
+
+    traced = make_fx(run)()
+    outputs = recorded._copied(kinds[-1])
+
+    def replay() -> None:
+        with torch.no_grad():
+            for here, made in zip(recorded._tensors(outputs), traced(), strict=True):
+                here.copy_(made)
+
+    return replay, outputs
+
+
+def evolution(kind: str, **settings: Any) -> Evolution:
+    g, d = PAIRS[kind](16, 1, 5, 4, torch.Generator().manual_seed(0))
+    if settings.pop("spectral", False):
+        add_spectral_norm(d, torch.Generator().manual_seed(0))
+    return Evolution(g.to(memory_format=torch.channels_last), d.to(memory_format=torch.channels_last), **settings)  # type: ignore[call-overload]
+
+
+def record(e: Evolution, capture: recorded.Capture = recording) -> Evolution:
+    """What an Evolution does on a GPU."""
+    e.recorded = {s: Recorded(functools.partial(e._generation, score=s), e.state, capture) for s in (True, False)}
+    return e
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("residual", {}),
+        ("dcgan", {"survivors": 2, "r1": 0.1}),
+        ("dcgan", {"mutations": ("heuristic",)}),
+        ("dcgan", {"spectral": True, "augment": True}),
+    ],
+)
+def test_recorded_generations_equal_plain_ones(kind: str, settings: dict[str, Any]) -> None:
+    settings = {"workers": 1, **settings}
+    augment = settings.pop("augment", False)
+    plain, fast = evolution(kind, **settings), record(evolution(kind, **settings))
+    rng = torch.Generator().manual_seed(1)
+    for generation in range(12 if "mutations" in settings else 7):
+        draws = small.draws(rng, dtype=torch.float32, mixup=True, passes=1)
+        if augment:
+            draws = dataclasses.replace(draws, views=Views.draw(1, 6, 7, rng, torch.device("cpu")))
+        score = generation % 2 == 0
+        a, b = plain.generation(draws, score), fast.generation(draws, score)
+        assert torch.equal(a.order, b.order)
+        for x, y in zip(recorded._tensors(a), recorded._tensors(b), strict=True):
+            assert torch.allclose(x, y, atol=1e-5)
+        for x, y in zip(plain.state(), fast.state(), strict=True):
+            assert torch.allclose(x, y, atol=1e-4)
+    used = [r for r in fast.recorded.values() if r.checks == 0]
+    assert used
+    assert all(r.replay and not r.trouble for r in used)
+    assert (fast.step, fast.d_steps) == (plain.step, plain.d_steps)
+
+
+def test_other_shapes_are_done_plainly() -> None:
+    plain, fast = evolution("dcgan", workers=1), record(evolution("dcgan", workers=1))
+    rng = torch.Generator().manual_seed(1)
+    for generation in range(6):
+        draws = small.draws(rng, dtype=torch.float32, mixup=True, passes=1, steps=1 + (generation == 4))
+        assert torch.allclose(plain.generation(draws).f_d, fast.generation(draws).f_d, atol=1e-5)
+    assert fast.recorded[True].replay
+
+
+@pytest.mark.parametrize("fault", ["input", "state", "output", "refused"])
+def test_planted_faults_of_a_recording_are_found(fault: str) -> None:
+    """The held inputs are not filled, an update is lost, an output is of before, or nothing can be recorded."""
+
+    def capture(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if fault == "refused":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        replay, outputs = recording(step)
+        held = [t.clone() for t in fast.state()]
+        first = [t.clone() for t in recorded._tensors(fast.recorded[True].held)]
+
+        def faulty() -> None:
+            if fault == "input":
+                for here, there in zip(recorded._tensors(fast.recorded[True].held), first, strict=True):
+                    here.copy_(there)
+            old = [t.clone() for t in recorded._tensors(outputs)]
+            replay()
+            if fault == "state":
+                fast.d.vector.copy_(held[8])
+            if fault == "output":
+                for here, there in zip(recorded._tensors(outputs), old, strict=True):
+                    here.copy_(there)
+
+        return faulty, outputs
+
+    plain, fast = evolution("dcgan", workers=1), record(evolution("dcgan", workers=1), capture)
+    rng = torch.Generator().manual_seed(1)
+    warned = []
+    for _ in range(5):
+        draws = small.draws(rng, dtype=torch.float32, mixup=True, passes=1)
+        with warnings.catch_warnings(record=True) as caught:
+            b = fast.generation(draws)
+        warned += [str(warning.message) for warning in caught]
+        assert torch.equal(plain.generation(draws).f_d, b.f_d)
+    assert warned == [f"training goes on without a CUDA graph, slower: {fast.recorded[True].trouble}"]
+    assert fast.recorded[True].trouble == (
+        "operation not permitted when stream is capturing"
+        if fault == "refused"
+        else "its replay made another step than the plain call"
+    )
+    assert all(torch.equal(x, y) for x, y in zip(plain.state(), fast.state(), strict=True))
+
+
+def test_recorded_classifier_steps_equal_plain_ones() -> None:
+    data, labels = small.images(12, 32), torch.arange(12) % 2
+    settings, compute = Classifier(network="resnet50", batch=4, learning_rate=1e-3), Compute(threads=1)
+    setup_compute(compute)
+    plain, fast = (Training(data, labels, settings, compute, 2, 0, torch.device("cpu")) for _ in range(2))
+    fast.recorded = Recorded(fast._step, fast.state, recording)
+    order = torch.Generator().manual_seed(0)
+    for t in (plain, fast):
+        t.model.train()
+    for _ in range(6):
+        index = torch.randperm(12, generator=order)[:4]
+        assert torch.allclose(plain.step(index), fast.step(index), atol=1e-6)
+        for x, y in zip(plain.state(), fast.state(), strict=True):
+            assert torch.allclose(x, y, atol=1e-5)
+    assert fast.recorded.replay
+    assert fast.recorded.checks == 0
+
+
+def test_a_classifier_step_asks_nothing_of_the_device(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("cmrhpc.train.classify.autocast", lambda *_: contextlib.nullcontext())
+    setup_compute(Compute(threads=1))
+    data, labels = small.images(12, 32).to("meta"), (torch.arange(12) % 2).to("meta")
+    training = Training(data, labels, Classifier(batch=4), Compute(threads=1), 2, 0, torch.device("meta"))
+    monkeypatch.setattr(
+        training.optimizer, "step", lambda: None
+    )  # torch's own, which counts on the CPU for this device
+    training.model.train()
+    index = torch.zeros(4, dtype=torch.long, device="meta")
+    with _OnDevice():
+        assert training._step(index).shape == ()
+
+
+class _OnDevice(TorchDispatchMode):
+    """Every tensor of every operation lies on the device: nothing is copied from or to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+            assert not isinstance(value, Tensor) or value.device.type == "meta", f"{func} at {value.device}"
+        return result
+
+
+def on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if value is None:
+        return None
+    return type(value)(**{f.name: on_meta(getattr(value, f.name)) for f in dataclasses.fields(value)})
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+@pytest.mark.parametrize("kind", ["residual", "dcgan"])
+def test_a_generation_asks_nothing_of_the_device(kind: str, spectral: bool, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """On a device without values whatever Python wants to know fails, and so does a mixture of devices."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    setup_compute(Compute(threads=1))
+    e = evolution(kind, survivors=2, r1=0.1, workers=1, spectral=spectral)
+    meta = Evolution(e.generator.to("meta"), e.discriminator.to("meta"), survivors=2, r1=0.1)
+    rng = torch.Generator().manual_seed(1)
+    given = small.draws(rng, dtype=torch.float32, mixup=False, passes=1)
+    draws = on_meta(dataclasses.replace(given, views=Views.draw(1, 6, 7, rng, torch.device("cpu"))))
+    rates = torch.ones(2, 2, device="meta")
+    meta._generation(_Given(draws, rates), True)  # fills caches
+    with _OnDevice():
+        outcome = meta._generation(_Given(draws, rates), True)
+    assert outcome.f_d.shape == (6,)
