@@ -1,20 +1,32 @@
 """cmrhpc: does synthetic augmentation help my classifier, with which method, how much?
 
-From Python: `load_study`, `plan`, `submit` and `ShardDataset`, imported when first used.
+From Python: `load_study`, `plan`, `submit`, their types and `ShardDataset`, imported when first used.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmrhpc.data.dataset import ShardDataset
+    from cmrhpc.launch.executors import submit
+    from cmrhpc.planning import Task
+    from cmrhpc.study import Study, load_study
+    from cmrhpc.workspace import State, Workspace, plan
 
 __version__ = "0.1.0"
-__all__ = ["ShardDataset", "load_study", "plan", "submit"]
+__all__ = ["ShardDataset", "State", "Study", "Task", "Workspace", "load_study", "plan", "submit"]
 
+# No module of the package may have one of these names: once imported it would stand in its place.
 _HOME = {
-    "load_study": ("cmrhpc.study", "load_study"),
-    "plan": ("cmrhpc.workspace", "plan"),
-    "submit": ("cmrhpc.launch.executors", "submit"),
-    "ShardDataset": ("cmrhpc.data.dataset", "ShardDataset"),
+    "load_study": "cmrhpc.study",
+    "plan": "cmrhpc.workspace",
+    "submit": "cmrhpc.launch.executors",
+    "Study": "cmrhpc.study",
+    "Workspace": "cmrhpc.workspace",
+    "State": "cmrhpc.workspace",
+    "Task": "cmrhpc.planning",
+    "ShardDataset": "cmrhpc.data.dataset",
 }
 
 
@@ -23,5 +35,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'cmrhpc' has no attribute {name!r}")
     import importlib
 
-    module, attribute = _HOME[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cmrhpc import files, shards
 from cmrhpc.errors import BadInput
-from cmrhpc.plan import Task
+from cmrhpc.planning import Task
 
 SUMS = "SHA256SUMS"
 DECLARATION = "train_ids.csv"

@@ -16,7 +16,7 @@ from cmrhpc import files, seal, shards
 from cmrhpc.data.folds import Split
 from cmrhpc.data.selection import checked_split
 from cmrhpc.errors import CmrhpcError
-from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES
+from cmrhpc.planning import COHORT, FOLDS, REPORT, STAGES
 from cmrhpc.study import Study
 from cmrhpc.workspace import Judge, Workspace, entry_of, report_sources
 

@@ -19,11 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cmrhpc import external, files, seal, shards
-from cmrhpc import plan as planning
+from cmrhpc import external, files, planning, seal, shards
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.forked import in_order
-from cmrhpc.plan import COHORT, FOLDS, REPORT, STAGES, WEIGHTS, Task
+from cmrhpc.planning import COHORT, FOLDS, REPORT, STAGES, WEIGHTS, Task
 from cmrhpc.study import Study, load_study
 
 SHARD_FOLDERS = ("synthetic", "refined", "predictions")

@@ -12,7 +12,7 @@ import pytest
 from cmrhpc import cli
 from cmrhpc.bench import predict, timing
 from cmrhpc.errors import UsageError
-from cmrhpc.plan import Task
+from cmrhpc.planning import Task
 from tests.report import made
 
 

@@ -44,6 +44,21 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_names_of_the_package_are_no_modules() -> None:
+    """A module of the same name, imported later, would take the place of the function."""
+    code = """
+import pkgutil, cmrhpc
+from cmrhpc import load_study, plan, submit
+import cmrhpc.launch.local, cmrhpc.report.collect
+assert all(callable(getattr(cmrhpc, name)) for name in cmrhpc.__all__)
+assert (cmrhpc.plan, cmrhpc.submit, cmrhpc.load_study) == (plan, submit, load_study)
+assert not set(cmrhpc.__all__) & {module.name for module in pkgutil.iter_modules(cmrhpc.__path__)}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    told = subprocess.run([sys.executable, "-m", "cmrhpc", "--version"], check=True, capture_output=True, text=True)
+    assert told.stdout.startswith("cmrhpc ")
+
+
 def test_planning_needs_no_torch(tmp_path: Path, study_text: str) -> None:
     (tmp_path / "study.toml").write_text(study_text)
     code = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cmrhpc import plan
+from cmrhpc import planning
 from cmrhpc.errors import BadInput
 from cmrhpc.study import GENERATORS, STUDIES, Study, parse_study
 from tests.whole.conftest import cmrhpc
@@ -84,12 +84,12 @@ def test_an_external_generator_is_an_arm_with_no_setting_of_training(study_text:
     assert study.generators["stylegan"].external == "made"
     assert Study.from_json(study.to_json()) == study
     assert Study.from_json(study.to_share()).generators["stylegan"].external == "(not told)"
-    made = [task for task in plan.tasks(study, "synthesize") if task.generator == "stylegan"]
+    made = [task for task in planning.tasks(study, "synthesize") if task.generator == "stylegan"]
     assert [(task.fold, task.label) for task in made] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert plan.settings(study, made[0]) == {"external": {"max_ratio": 5.0}}
+    assert planning.settings(study, made[0]) == {"external": {"max_ratio": 5.0}}
     # The folder's place, and that there are such generators at all, is no setting of those that are trained here.
-    own = plan.tasks(study, "synthesize")[0]
-    assert "external" not in plan.settings(study, own)["generator"]
+    own = planning.tasks(study, "synthesize")[0]
+    assert "external" not in planning.settings(study, own)["generator"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_shipped_studies_have_the_task_counts_of_a_count_by_hand() -> None:
     def counts(name: str) -> dict[str, int]:
         text = (STUDIES / f"{name}.toml").read_text().replace("classes = []", 'classes = ["0", "1"]')
         study = parse_study(text)
-        return {stage: len(plan.tasks(study, stage)) for stage in plan.STAGES}
+        return {stage: len(planning.tasks(study, stage)) for stage in planning.STAGES}
 
     # demo: 2 folds x 1 repeat; 2 classes; 4 arms x 2 classifiers.
     assert counts("demo") == {"ingest": 1, "synthesize": 4, "refine": 4, "classify": 16, "aggregate": 1}
@@ -147,7 +147,7 @@ def test_the_count_by_hand_in_the_docs_is_what_plan_prints(tmp_path: Path) -> No
     assert f"= {sum(by_hand.values())}." in page
     cells = re.findall(r"^\|[^|]+\|[^|]+\| (\d+)", page, re.MULTILINE)
     study = parse_study(text)
-    assert sum(map(int, cells)) == len(plan.cells(study)) == 21
+    assert sum(map(int, cells)) == len(planning.cells(study)) == 21
 
 
 def test_fu2021_has_every_arm_of_the_papers_and_no_option_of_ours(tmp_path: Path) -> None:

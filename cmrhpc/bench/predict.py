@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cmrhpc import plan as planning
-from cmrhpc import shards
+from cmrhpc import planning, shards
 from cmrhpc.errors import CmrhpcError
-from cmrhpc.plan import COHORT, Task
+from cmrhpc.planning import COHORT, Task
 from cmrhpc.profile import Profile
 from cmrhpc.study import Study
 from cmrhpc.workspace import Workspace

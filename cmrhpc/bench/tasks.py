@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cmrhpc import plan as planning
-from cmrhpc import shards
+from cmrhpc import planning, shards
 from cmrhpc.data.phantom import write_phantom
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.init import make_workspace
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.workspace import Workspace
 
 STEPS = 12  # of the task whose overhead is measured

@@ -15,7 +15,7 @@ from cmrhpc.csvtext import to_csv
 from cmrhpc.data.mha import mha_bytes
 from cmrhpc.data.region import from_unit
 from cmrhpc.errors import BadInput, CmrhpcError, UsageError
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.shards import Shard, read_shard, sha256_of
 
 BLOCK = 256

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.profile import Profile, memory_mb
 from cmrhpc.workspace import State
 

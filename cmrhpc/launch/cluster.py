@@ -24,7 +24,7 @@ from cmrhpc.launch.send import read_elsewhere
 from cmrhpc.launch.slurm import Partition
 from cmrhpc.launch.submit import limits_for
 from cmrhpc.paths import check_for_bind, check_for_slurm
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.workspace import State
 
 

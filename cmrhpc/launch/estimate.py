@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cmrhpc import shards
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.launch.arrays import TRAINING, Array
-from cmrhpc.plan import STAGES, Task
+from cmrhpc.planning import STAGES, Task
 from cmrhpc.profile import Profile
 from cmrhpc.workspace import State, Workspace
 

@@ -19,7 +19,7 @@ from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with
 from cmrhpc.launch.submissions import Submission
 from cmrhpc.launch.submit import ask_queue, claim_folder, limits_for, submit_all
 from cmrhpc.paths import check_for_slurm
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.profile import Profile, gpu_count, load_profile, parse_profile
 from cmrhpc.workspace import Workspace
 

@@ -22,13 +22,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from cmrhpc import files
-from cmrhpc import plan as planning
+from cmrhpc import files, planning
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Incomplete
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
 from cmrhpc.launch.failures import Failure
-from cmrhpc.plan import COHORT, FOLDS, STAGES
+from cmrhpc.planning import COHORT, FOLDS, STAGES
 from cmrhpc.signals import STOP_SIGNALS, held, let_through
 from cmrhpc.workspace import State, Workspace
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cmrhpc import files
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.workspace import Workspace
 
 _NAME = re.compile(r"(\d+)\.json")

@@ -27,7 +27,7 @@ from cmrhpc.launch.estimate import Expected, expected
 from cmrhpc.launch.records import FAILED, RUNNING, STOPPED, read_record, read_records, record_path
 from cmrhpc.launch.send import asked_path, dependency, script, settings, undisturbed
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.profile import Profile, memory_mb, memory_text, time_seconds, time_text
 from cmrhpc.workspace import State, Workspace
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from cmrhpc import files, plan, shards
+from cmrhpc import files, planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.forked import in_order
 from cmrhpc.measure.metrics import check_scores
-from cmrhpc.plan import COHORT, FOLDS, Task
+from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.report.tested import ImageTable, find_leaks, image_table
 from cmrhpc.shards import Shard
 from cmrhpc.study import Primary, Study, load_study
@@ -198,7 +198,7 @@ class Asked:
     def __init__(self, root: Path, study: Study, reference: dict[str, str]):
         self.root, self.study = root, study
         self.reference = reference  # content hashes of cohort and folds when the files are not at hand
-        self.makers = {t.output: t for stage in ("synthesize", "refine") for t in plan.tasks(study, stage)}
+        self.makers = {t.output: t for stage in ("synthesize", "refine") for t in planning.tasks(study, stage)}
         self.headers: dict[str, shards.Shard | None] = {}
         self.verdicts: dict[str, str] = {}
         self.hashes: dict[tuple[str, ...], str] = {}  # settings hash by what a task's settings depend on
@@ -216,17 +216,17 @@ class Asked:
         """Empty when valid, otherwise why not."""
         if header.task != task.to_json():
             return "it is the shard of another task"
-        key = plan.settings_key(task)
+        key = planning.settings_key(task)
         if key not in self.hashes:
-            self.hashes[key] = shards.sha256_of(plan.settings(self.study, task))
+            self.hashes[key] = shards.sha256_of(planning.settings(self.study, task))
         if header.settings_sha256 != self.hashes[key]:
             return "it was made with other settings than the study asks for"
-        if header.seed != plan.seed(self.study, task):
+        if header.seed != planning.seed(self.study, task):
             return "it was made with another seed: of another study?"
         return self._inputs_reason(task, header)
 
     def _inputs_reason(self, task: Task, header: shards.Header) -> str:
-        for path in plan.inputs(self.study, task):
+        for path in planning.inputs(self.study, task):
             source = self.header(path)
             known = source.content_sha256 if source else self.reference.get(path)
             if known and header.inputs.get(path) != known:
@@ -270,7 +270,7 @@ def collect(folder: Path) -> Collection:
         study, study_from = load_study(study_path), "study.toml"
     else:
         study, study_from = _newest_study(found)
-    expected = plan.tasks(study, "classify")
+    expected = planning.tasks(study, "classify")
     tasks = {task.output: task for task in expected}
 
     # Accept what the study asks for; refuse the rest with its reason.
@@ -336,7 +336,7 @@ def _made_from(
     """
     waiting, behind = list(read_by), dict[str, Task]()
     while waiting:
-        for path in plan.inputs(asked.study, waiting.pop()):
+        for path in planning.inputs(asked.study, waiting.pop()):
             if path in asked.makers and path not in behind:
                 behind[path] = asked.makers[path]
                 waiting.append(asked.makers[path])

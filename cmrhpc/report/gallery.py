@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cmrhpc import files, pictures, plan, shards
+from cmrhpc import files, pictures, planning, shards
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.measure.kernel_distance import feature_distance, features
-from cmrhpc.plan import COHORT, FOLDS, Task
+from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.report import figures
 from cmrhpc.report.collect import Asked, Collection
 from cmrhpc.shards import Shard
@@ -131,11 +131,11 @@ def make_gallery(collection: Collection) -> Gallery:
 
 def _fill(gallery: Gallery, images: _Images, collection: Collection) -> None:
     study = images.study
-    refine = [t for t in plan.tasks(study, "refine") if t.repeat == 0]
+    refine = [t for t in planning.tasks(study, "refine") if t.repeat == 0]
     for label in range(len(study.classes)):
         real = images.real(0, "train", label, SAMPLES)
         gallery.strips += _strip("real", "real, training images of fold 0", label, real)
-    for task in (t for t in plan.tasks(study, "synthesize") if t.repeat == 0):
+    for task in (t for t in planning.tasks(study, "synthesize") if t.repeat == 0):
         shard = images.made(task)
         if not shard:
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmrhpc.errors import BadInput
-from cmrhpc.plan import Task
+from cmrhpc.planning import Task
 
 Data = Mapping[str, np.ndarray]  # datasets of one shard; arrays that are equal are one object
 PARTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cmrhpc import seal
-from cmrhpc.plan import REPORT
+from cmrhpc.planning import REPORT
 from cmrhpc.report.aggregate import AggregateResult, aggregate
 from cmrhpc.workspace import Judge, Workspace, entry_of, report_sources
 

@@ -12,7 +12,7 @@ import torch
 from cmrhpc import shards
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.errors import BadInput
-from cmrhpc.plan import COHORT, FOLDS, WEIGHTS
+from cmrhpc.planning import COHORT, FOLDS, WEIGHTS
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context

@@ -12,14 +12,13 @@ import posixpath
 
 import numpy as np
 
-from cmrhpc import external, pictures, shards
-from cmrhpc import plan as planning
+from cmrhpc import external, pictures, planning, shards
 from cmrhpc.data.images import Reader, grey
 from cmrhpc.data.region import to_unit
 from cmrhpc.data.selection import training_images
 from cmrhpc.errors import BadInput
 from cmrhpc.external import DECLARATION, TABLE, Place
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.stages.task import Context
 
 SHOWN = 64  # images of the sample grid

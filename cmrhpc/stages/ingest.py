@@ -6,12 +6,11 @@ import os
 import time
 from collections.abc import Callable
 
-from cmrhpc import plan as planning
-from cmrhpc import shards
+from cmrhpc import planning, shards
 from cmrhpc.data.folds import make_folds
 from cmrhpc.data.ingest import ingest
 from cmrhpc.errors import BadInput, Checkpointed
-from cmrhpc.plan import COHORT, FOLDS, Task
+from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.workspace import Judge, Workspace
 
 TASK = Task("ingest")

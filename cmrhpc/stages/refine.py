@@ -6,7 +6,7 @@ import torch
 
 from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
 from cmrhpc.stages.training import TrainingLog, checkpoints, weights_bytes

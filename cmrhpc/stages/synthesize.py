@@ -9,7 +9,7 @@ import torch
 
 from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
-from cmrhpc.plan import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from cmrhpc import plan as planning
-from cmrhpc import shards
+from cmrhpc import planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete, UsageError
-from cmrhpc.plan import Task
+from cmrhpc.planning import Task
 from cmrhpc.signals import STOP_SIGNALS
 from cmrhpc.workspace import Judge, Workspace
 

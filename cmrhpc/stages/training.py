@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cmrhpc import plan as planning
+from cmrhpc import planning
 from cmrhpc.stages.task import Context
 from cmrhpc.train.checkpoint import Checkpoints
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from cmrhpc import plan as planning
+from cmrhpc import planning
 from cmrhpc.launch.arrays import Array, plan_arrays
-from cmrhpc.plan import COHORT, FOLDS, STAGES
+from cmrhpc.planning import COHORT, FOLDS, STAGES
 from cmrhpc.profile import parse_profile
 from cmrhpc.study import STUDIES, Study, parse_study
 from cmrhpc.workspace import State

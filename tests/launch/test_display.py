@@ -6,7 +6,7 @@ import pytest
 
 from cmrhpc.launch import display as module
 from cmrhpc.launch.display import Display, lines_of_one_task
-from cmrhpc.plan import STAGES, Task
+from cmrhpc.planning import STAGES, Task
 from cmrhpc.workspace import State
 
 

@@ -19,11 +19,11 @@ from cmrhpc.launch import records, submit
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Limits
 from cmrhpc.launch.submissions import Submission, write_submission
-from cmrhpc.plan import COHORT, Task
+from cmrhpc.planning import COHORT, Task
 from cmrhpc.profile import parse_profile
 from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
-from tests.test_plan import write_all, write_output
+from tests.test_planning import write_all, write_output
 
 PROFILE = '[slurm]\nmax_memory = "20G"\nmax_time = "20:00:00"\n'
 SENT = Submission("7", "classify", ((0,), (1, 2)), 1e9, time_limit_s=6 * 3600, memory="16G", name="classify-real-aa")

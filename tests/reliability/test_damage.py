@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cmrhpc import shards
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.stages.task import run_task
 from cmrhpc.verify import verify
 from cmrhpc.workspace import Workspace

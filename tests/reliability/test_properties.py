@@ -14,7 +14,7 @@ from cmrhpc import files, seal
 from cmrhpc.data.table import labels_of, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.launch.records import read_record
-from cmrhpc.plan import Task
+from cmrhpc.planning import Task
 from cmrhpc.study import Study, parse_study
 from tests.conftest import STUDY
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cmrhpc import plan, shards
-from cmrhpc.plan import Task
+from cmrhpc import planning, shards
+from cmrhpc.planning import Task
 from cmrhpc.study import Study, parse_study
 
 HASHES = {"cohort.h5": "a" * 64, "folds.h5": "b" * 64}
@@ -124,13 +124,13 @@ def write_one(
     **changes: Any,
 ) -> Path:
     """Write one prediction shard as the classify stage does; `changes` override what goes into it."""
-    wanted = {path: (inputs or {}).get(path, HASHES.get(path, "c" * 64)) for path in plan.inputs(study, task)}
+    wanted = {path: (inputs or {}).get(path, HASHES.get(path, "c" * 64)) for path in planning.inputs(study, task)}
     options: dict[str, Any] = {
         "schema": "predictions-1",
         "task": task.to_json(),
-        "settings": plan.settings(study, task),
+        "settings": planning.settings(study, task),
         "inputs": wanted,
-        "seed": plan.seed(study, task),
+        "seed": planning.seed(study, task),
         "attributes": {"classes": list(study.classes), "best_step": 200, "n_train_real": 1, "n_train_added": 0},
         "info": {"device": "cpu", "seconds": 2.0, "study": shards.canonical(study.to_json())},
     }
@@ -148,7 +148,7 @@ def write(
     **changes: Any,
 ) -> list[Task]:
     """Write all prediction shards but those that `skip` names; returns the tasks written."""
-    tasks = [task for task in plan.tasks(study, "classify") if not skip(task)]
+    tasks = [task for task in planning.tasks(study, "classify") if not skip(task)]
     for task in tasks:
         write_one(root, study, task, datasets(one, task, scores), **changes)
     return tasks

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import plan, shards
+from cmrhpc import planning, shards
 from cmrhpc.errors import BadInput
 from cmrhpc.report import csvfiles
 from cmrhpc.report.aggregate import aggregate
@@ -36,7 +36,7 @@ def scores(one):
 
 def task_of(study, arm="dae-gan", ratio=3.0, fold=1, repeat=0):
     found = [
-        t for t in plan.tasks(study, "classify") if (t.arm, t.ratio, t.fold, t.repeat) == (arm, ratio, fold, repeat)
+        t for t in planning.tasks(study, "classify") if (t.arm, t.ratio, t.fold, t.repeat) == (arm, ratio, fold, repeat)
     ]
     return found[0]
 
@@ -228,7 +228,7 @@ def test_leaks_are_found_by_image_and_by_patient(tmp_path: Path, study, one, sco
 
 def write_made(root: Path, study, one, inputs: dict[str, str], leaking: tuple[int, int] | None) -> None:
     """Synthetic and refined shards of a whole workspace; in `leaking`, a (repeat, fold), trained on a test image."""
-    for task in (t for stage in ("synthesize", "refine") for t in plan.tasks(study, stage)):
+    for task in (t for stage in ("synthesize", "refine") for t in planning.tasks(study, stage)):
         train, _, test = one.split[task.repeat, task.fold]
         rows = np.flatnonzero(train)
         if task.stage == "synthesize" and (task.repeat, task.fold) == leaking:
@@ -242,9 +242,9 @@ def write_made(root: Path, study, one, inputs: dict[str, str], leaking: tuple[in
             },
             schema="images-1",
             task=task.to_json(),
-            settings=plan.settings(study, task),
-            inputs={p: inputs.get(p, made.HASHES.get(p)) for p in plan.inputs(study, task)},
-            seed=plan.seed(study, task),
+            settings=planning.settings(study, task),
+            inputs={p: inputs.get(p, made.HASHES.get(p)) for p in planning.inputs(study, task)},
+            seed=planning.seed(study, task),
         )
 
 
@@ -299,7 +299,7 @@ def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_decla
     changed = text.replace("ratio = 3\n", 'ratio = 1\nmetric = "auc"\n')
     now = parse_study(changed)
     if alone:  # no study.toml: the newest shard tells the study
-        task = plan.tasks(now, "classify")[0]
+        task = planning.tasks(now, "classify")[0]
         info = {"study": shards.canonical(now.to_json()), "written": "2999-01-01T00:00:00Z"}
         (tmp_path / task.output).unlink()  # one of the same content would stay as it is
         made.write_one(tmp_path, now, task, made.datasets(one, task, made.noisy_scores(one.label, 2, {})), info=info)
@@ -330,16 +330,23 @@ def test_a_changed_synthetic_shard_makes_its_predictions_stale(tmp_path: Path, s
     (tmp_path / "study.toml").write_text(made.toml())
     made.write(tmp_path, study, one, scores)
     assert collect(tmp_path).missing == {}
-    synthetic = next(t for t in plan.tasks(study, "synthesize") if (t.fold, t.repeat, t.label) == (1, 0, 0))
-    inputs = {path: made.HASHES[path] for path in plan.inputs(study, synthetic)}
-    common = {"schema": "images-1", "task": synthetic.to_json(), "inputs": inputs, "seed": plan.seed(study, synthetic)}
+    synthetic = next(t for t in planning.tasks(study, "synthesize") if (t.fold, t.repeat, t.label) == (1, 0, 0))
+    inputs = {path: made.HASHES[path] for path in planning.inputs(study, synthetic)}
+    common = {
+        "schema": "images-1",
+        "task": synthetic.to_json(),
+        "inputs": inputs,
+        "seed": planning.seed(study, synthetic),
+    }
     data = {"image": np.zeros((2, 1, 16, 16), np.float32), "label": np.zeros(2, np.int64)}
-    content = shards.write_shard(tmp_path / synthetic.output, data, settings=plan.settings(study, synthetic), **common)
+    content = shards.write_shard(
+        tmp_path / synthetic.output, data, settings=planning.settings(study, synthetic), **common
+    )
     stale = collect(tmp_path).missing
     assert {path.split("/")[1] for path in stale} == {"dae-gan"}
     assert all(reason == f"it was made from another {synthetic.output}" for reason in stale.values())
     assert len(stale) == 2
-    for task in (t for t in plan.tasks(study, "classify") if t.output in stale):
+    for task in (t for t in planning.tasks(study, "classify") if t.output in stale):
         made.write_one(tmp_path, study, task, made.datasets(one, task, scores), inputs={synthetic.output: content})
     assert collect(tmp_path).missing == {}
     data["image"] += 1

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from cmrhpc import plan
+from cmrhpc import planning
 from cmrhpc.measure import statistics
 from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import Cell, Collection, Images, collect
@@ -336,14 +336,14 @@ def simulated(seed: int, effect: float) -> Collection:
                 went, noise = rng.normal(0, SHARED["went"]), rng.normal(0, SHARED["noise"], 160)
                 margin = BASE + a * effect + went + hard[patient] + suits[a, patient] + image + noise
                 p = 1 / (1 + np.exp(-(margin * sign)[rows]))
-                task = plan.Task("classify", repeat, fold, arm=arm, ratio=3.0 * a, classifier="resnet50")
+                task = planning.Task("classify", repeat, fold, arm=arm, ratio=3.0 * a, classifier="resnet50")
                 nothing = (np.zeros(0, np.int64), np.zeros((0, 2)))
                 n_train = round(0.8 * (160 - len(rows)))  # a fifth is for validation
                 cell = Cell(task, None, images, np.c_[1 - p, p], n_train, *nothing, 0)  # type: ignore[arg-type]
                 cells.setdefault(("resnet50", arm, 3.0 * a), {})[repeat, fold] = cell
     names = [f"p{i}" for i in range(40)]
     ids = np.array([f"r{i}".encode() for i in range(160)])
-    expected = plan.tasks(study, "classify")
+    expected = planning.tasks(study, "classify")
     return Collection(Path(), study, "", expected, cells, {}, {}, [], ids, label, patient, names, [], 0)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import plan, shards
+from cmrhpc import planning, shards
 from cmrhpc.measure.kernel_distance import kernel_distance
 from cmrhpc.report import figures
 from cmrhpc.report.aggregate import aggregate
@@ -68,17 +68,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "folds-1",
         ),
     ):
-        task = plan.Task("ingest")
+        task = planning.Task("ingest")
         content[name] = shards.write_shard(
             root / name,
             data,
             schema=schema,
             task=task.to_json(),
-            settings=plan.settings(study, task, name),
+            settings=planning.settings(study, task, name),
             inputs={},
             seed=0,
         )
-    for task in plan.tasks(study, "synthesize") + plan.tasks(study, "refine"):
+    for task in planning.tasks(study, "synthesize") + planning.tasks(study, "refine"):
         train = one.split[task.repeat, task.fold][0]
         parts, labels = [], []
         for label in (0, 1) if task.label is None else (task.label,):
@@ -94,9 +94,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             data,
             schema="images-1",
             task=task.to_json(),
-            settings=plan.settings(study, task),
-            inputs={path: content[path] for path in plan.inputs(study, task)},
-            seed=plan.seed(study, task),
+            settings=planning.settings(study, task),
+            inputs={path: content[path] for path in planning.inputs(study, task)},
+            seed=planning.seed(study, task),
             companions={".jsonl": log_lines()},
         )
     made.write(root, study, one, made.noisy_scores(one.label, 2, {}), inputs=content)

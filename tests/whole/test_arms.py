@@ -12,7 +12,7 @@ import torch
 
 from cmrhpc.data.selection import training_images
 from cmrhpc.errors import Incomplete
-from cmrhpc.plan import COHORT, FOLDS, inputs
+from cmrhpc.planning import COHORT, FOLDS, inputs
 from cmrhpc.shards import read_shard
 from cmrhpc.stages.classify import TrainingSet, training_set
 from cmrhpc.stages.task import Context, run_task

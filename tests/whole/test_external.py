@@ -15,7 +15,7 @@ from PIL import Image
 from cmrhpc.data.export import export
 from cmrhpc.data.mha import mha_bytes
 from cmrhpc.errors import BadInput
-from cmrhpc.plan import STAGES
+from cmrhpc.planning import STAGES
 from cmrhpc.shards import read_shard
 from cmrhpc.stages.task import run_task
 from cmrhpc.workspace import Workspace

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import plan as planning
-from cmrhpc import shards
+from cmrhpc import planning, shards
 from cmrhpc.errors import BadInput
 from cmrhpc.launch.planned import array_ranges, offset_ranges
-from cmrhpc.plan import COHORT, FOLDS, STAGES, Task
+from cmrhpc.planning import COHORT, FOLDS, STAGES, Task
 from cmrhpc.study import parse_study
 from cmrhpc.workspace import Workspace
 
