@@ -28,7 +28,7 @@ from cmrhpc.workspace import Workspace
 
 STEPS, MORE_STEPS = 10, 50  # real steps of each kind; more where they are short
 SHORT = 0.25  # seconds
-WARM = 2  # steps that are slower than those that follow: memory is taken for the first time
+WARM = 2  # steps that are slower than those that follow: memory is taken for the first time, a step recorded
 PAPER_IMAGES = (77, 221)  # images per class of the papers' set: what is assumed without a cohort
 
 
@@ -91,7 +91,13 @@ def _measure(
     begun = time.perf_counter()
     device = choose_device(study.compute)
     ticks: list[float] = []
-    common: dict[str, Any] = {"device": device, "progress": lambda done, total: ticks.append(time.perf_counter())}
+
+    def tick(done: int, total: int) -> None:
+        if device.type == "cuda":  # it works on after a step has returned
+            torch.cuda.synchronize()
+        ticks.append(time.perf_counter())
+
+    common: dict[str, Any] = {"device": device, "progress": tick}
     x = made(images)
     labels = torch.arange(len(x)) % len(study.classes)
     told: dict[str, float] = {}
@@ -138,11 +144,12 @@ def step_costs(kind: str, ticks: list[float], steps: int) -> dict[str, float]:
     The last two steps end with a log entry or a validation. A refiner has `steps` steps in each of three phases.
     """
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
+    warm = max(WARM, steps // 8)
     if kind == "refine":
-        phases = [gaps[first + WARM : first + steps - 1] for first in (0, steps, 2 * steps)]
+        phases = [gaps[first + warm : first + steps - 1] for first in (0, steps, 2 * steps)]
         names = ("pretrain_refiner_s", "pretrain_discriminator_s", "step_s")
         return {name: statistics.fmean(phase) for name, phase in zip(names, phases, strict=True)} | {"log_s": 0.0}
-    step = statistics.fmean(gaps[WARM : steps - 3])
+    step = statistics.fmean(gaps[warm : steps - 3])
     return {"step_s": step, "log_s": max(0.0, statistics.fmean(gaps[-2:]) - step)}
 
 

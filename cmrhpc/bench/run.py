@@ -140,7 +140,8 @@ def bench(
             )
         found["gpu"] = training.gpu(rounds) if wanted("gpu") else None
         if found["gpu"]:
-            rates = ", ".join(f"{count}: {rate:.1f}" for count, rate in found["gpu"]["generations_per_second"].items())
+            told = found["gpu"]["generations_per_second"].items()
+            rates = ", ".join(f"{count}: {f'{rate:.1f}' if rate else 'do not fit'}" for count, rate in told)
             say(f"GPU {found['gpu']['name']}: generations per second by number of models {rates}")
         if wanted("predict"):
             study, opened = predict.load("fu2021", workspace)

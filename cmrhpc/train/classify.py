@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,8 @@ class Training:
         self.model = build_classifier(settings.network, images.shape[1], n_classes, init_seed, settings.weights)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         on_gpu = device.type == "cuda"
+        if on_gpu:  # the steps before the recording run uncaptured
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         rate = settings.learning_rate
         self.optimizer = torch.optim.RMSprop(self.model.parameters(), lr=rate, capturable=on_gpu)
         self.recorded = Recorded(self._step, self.state) if on_gpu else None

@@ -148,15 +148,17 @@ class Evolution:
         rates = [adam_rates(self.d_steps + t + 1, self.learning_rate, self.betas) for t in range(steps)]
         rates.append(adam_rates(self.step + 1, self.learning_rate, self.betas))
         self.step, self.d_steps = self.step + 1, self.d_steps + steps
-        score = score or len(self.parents) * len(self.mutations) > self.survivors
+        offspring = len(self.parents) * len(self.mutations)
+        score = score or offspring > self.survivors
         if not self.recorded:
             return self._generation(_Given(draws, None), score, rates)
-        return self.recorded[score](
-            _Given(draws, sent(torch.tensor(rates, dtype=self.g.vector.dtype), self.g.vector.device))
-        )
+        numbers = torch.tensor(rates, dtype=self.g.vector.dtype)
+        given = _Given(draws, sent(numbers, self.g.vector.device))
+        settled = min(offspring, self.survivors) == len(self.parents)  # until then parents multiply
+        return self.recorded[score](given) if settled else self._generation(given, score)
 
     def state(self) -> list[Tensor]:
-        """Everything that a generation changes, the same memory from the second one on."""
+        """Everything that a generation changes, the same memory once there are as many parents as survive."""
         counters = [b for n in (self.generator, self.discriminator) for b in n.buffers() if not b.is_floating_point()]
         flat = [self.g.vector, self.g.buffers, self.d.vector, self.d.buffers]
         return [self.parents, self.buffers, self.first, self.second, self.d_first, self.d_second, *flat, *counters]

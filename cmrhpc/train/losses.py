@@ -88,7 +88,7 @@ def refiner_adversarial(logits: Tensor) -> Tensor:
 
     logits (N, 2, h, w), class 1 = refined: the refiner wants its images to be taken for class 0, real.
     """
-    return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
+    return F.softplus(_refined(logits)).mean()
 
 
 def refiner_self(refined: Tensor, synthetic: Tensor) -> Tensor:
@@ -98,6 +98,9 @@ def refiner_self(refined: Tensor, synthetic: Tensor) -> Tensor:
 
 def refiner_discriminator_loss(refined_logits: Tensor, real_logits: Tensor) -> Tensor:
     """-log D(refined) - log(1 - D(real)), each the mean over samples and positions ([SIM] 2)."""
-    refined = F.cross_entropy(refined_logits, torch.ones_like(refined_logits[:, 0], dtype=torch.long))
-    real = F.cross_entropy(real_logits, torch.zeros_like(real_logits[:, 0], dtype=torch.long))
-    return refined + real
+    return F.softplus(-_refined(refined_logits)).mean() + F.softplus(_refined(real_logits)).mean()
+
+
+def _refined(logits: Tensor) -> Tensor:
+    """(N, 2, h, w) -> (N, h, w), the logit of class 1; cross-entropy over maps adds in no fixed order on GPUs."""
+    return logits[:, 1] - logits[:, 0]
