@@ -258,7 +258,7 @@ class _Run:
         per_kind = [x.view(-1, kinds).mean(0) for x in (outcome.loss_g, outcome.f_q, outcome.f_d)]
         spreads = torch.stack([outcome.f_q.max() - outcome.f_q.min(), outcome.f_d.max() - outcome.f_d.min()])
         row = torch.cat([outcome.loss_d[None], *per_kind, spreads]).double()
-        winner = torch.nn.functional.one_hot(outcome.order % kinds, kinds).sum(0)
+        winner = (outcome.order[:, None] % kinds == torch.arange(kinds, device=outcome.order.device)).sum(0)
         row = torch.cat([row, winner])
         self.window = self.window + row if self.window_steps else row
         self.window_steps += 1

@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.nets.spectral import add_spectral_norm
-from cmrhpc.study import Classifier, Compute
+from cmrhpc.study import Classifier, Compute, Generator
 from cmrhpc.train import recorded
 from cmrhpc.train.classify import Training
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.diffaugment import Views
 from cmrhpc.train.evolution import Evolution, _Given
+from cmrhpc.train.gan import _Run
 from cmrhpc.train.recorded import Recorded
 from tests.train import small
 
@@ -221,7 +222,10 @@ def test_a_generation_asks_nothing_of_the_device(kind: str, spectral: bool, monk
     given = small.draws(rng, dtype=torch.float32, mixup=False, passes=1)
     draws = on_meta(dataclasses.replace(given, views=Views.draw(1, 6, 7, rng, torch.device("cpu"))))
     rates = torch.ones(2, 2, device="meta")
+    run = _Run(Generator(ema=0.99), meta, rng, lambda entry: None)
     meta._generation(_Given(draws, rates), True)  # fills caches
     with _OnDevice():
         outcome = meta._generation(_Given(draws, rates), True)
+        run.count(outcome)
+        run.average(0.9)
     assert outcome.f_d.shape == (6,)
