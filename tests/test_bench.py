@@ -69,6 +69,12 @@ def test_steps_and_log_entries_are_told_apart() -> None:
     assert told == {"pretrain_refiner_s": 1.0, "pretrain_discriminator_s": 2.0, "step_s": 5.0, "log_s": 0.0}
 
 
+def test_validation_is_cut_from_what_the_test_leaves() -> None:
+    study, _ = predict.load("fu2021", "")
+    sizes = predict.sizes_of(study, None)
+    assert (sizes.train, sizes.validation, sizes.test) == pytest.approx((0.64, 0.16, 0.2))
+
+
 def test_jobs_take_tasks_in_order() -> None:
     assert predict.schedule([3.0, 1.0, 1.0, 1.0], 2) == 3.0
     assert predict.schedule([1.0, 1.0, 3.0], 2) == 4.0

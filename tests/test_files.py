@@ -44,6 +44,29 @@ def test_a_refusing_file_system_leaves_the_old_file_and_no_rest(
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("name", ["write_all", "set_permissions", "sync_file"])
+def test_what_is_created_once_is_whole_on_disk_or_not_there(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, name, refuse)
+    with pytest.raises((BadInput, OSError), match="No space left"):
+        files.create_once(tmp_path / "a", "first")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_whose_start_the_system_hides_may_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "process_start", lambda pid="self": "0")
+    assert files.has_ended(os.getpid(), "12345") is None
+    hidden = tmp_path / f".x.tmp.{files.host_name()}.{os.getpid()}.0-1"
+    hidden.write_text("half")
+    assert files.remove_stale(tmp_path) == 0
+    os.utime(hidden, (time.time() - 90_000,) * 2)
+    assert files.remove_stale(tmp_path) == 1
+
+
 def test_create_once_has_one_winner(tmp_path: Path) -> None:
     assert files.create_once(tmp_path / "a", "first")
     assert not files.create_once(tmp_path / "a", "second")

@@ -98,6 +98,26 @@ def test_a_changed_setting_invalidates_what_uses_it_and_says_so(
     assert any(reason in text for text in found.values()) or not found
 
 
+def test_moves_that_a_refiner_alone_uses_concern_it_alone(tmp_path: Path, study_text: str) -> None:
+    text = study_text.replace("[generators.dae-gan]", "[generators.dae-gan]\nexpand = false")
+    text = text.replace("[refiners.simgan]", "[refiners.simgan]\nexpand = true")
+    write_all(make(tmp_path / "w", text))
+    found = missing(make(tmp_path / "w", text.replace("factor = 2", "factor = 3")))
+    assert {path.split("/")[0] for path in found} == {"refined", "predictions"}
+
+
+def test_a_shard_that_was_replaced_is_read_again(tmp_path: Path, study_text: str) -> None:
+    """Same name, another file: what the index remembers of the old one does not count."""
+    workspace = make(tmp_path / "w", study_text)
+    write_all(workspace)
+    assert missing(workspace) == {}
+    task = planning.tasks(workspace.study, "synthesize")[0]
+    other = make(tmp_path / "other", study_text.replace("seed = 7", "seed = 8"))
+    write_all(other)
+    os.replace(other.path(task.output), workspace.path(task.output))
+    assert "seed" in missing(workspace)[task.output]
+
+
 def test_a_changed_input_invalidates_what_reads_it(tmp_path: Path, study_text: str) -> None:
     workspace = make(tmp_path / "w", study_text)
     write_all(workspace)
@@ -157,8 +177,9 @@ def test_seeds_pair_the_arms_and_differ_elsewhere(study_text: str) -> None:
     for fold in (0, 1):
         assert len({s for (_, _, f), s in seeds.items() if f == fold}) == 1
     assert len(set(seeds.values())) == 2
-    makers = planning.tasks(study, "synthesize")
+    makers = planning.tasks(study, "synthesize") + planning.tasks(study, "refine")
     assert len({planning.seed(study, t) for t in makers}) == len(makers)
+    assert {t.label for t in makers} == {0, 1}
 
 
 def test_array_ranges() -> None:

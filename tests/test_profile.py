@@ -90,6 +90,11 @@ def test_time_as_slurm_writes_it(text: str, seconds: int) -> None:
     assert time_seconds(time_text(seconds)) == seconds
 
 
+def test_a_limit_is_whole_minutes_and_never_less_than_asked() -> None:
+    told = parse_profile('[stages.classify]\ntime = "90:30"\n[stages.refine]\ntime = "2-00:00:01"\n')
+    assert [told.resources(name).seconds for name in ("classify", "refine")] == [91 * 60, 2 * 86400 + 60]
+
+
 @pytest.mark.parametrize(
     ("text", "mb"), [("8G", 8192), ("1500M", 1500), ("1500", 1500), ("2T", 2 * 1024**2), ("8gb", 8192)]
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cmrhpc.data.folds import Split, make_folds
 from cmrhpc.errors import BadInput
+from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Folds
 
 
@@ -25,6 +26,19 @@ def cohort(per_class: list[int], seed: int, most: int = 4) -> tuple[list[str], l
 
 def groups(split: Split, patient_of: dict[str, str]) -> list[set[str]]:
     return [{patient_of[i] for i in part} for part in (split.train, split.validation, split.test)]
+
+
+def test_every_fold_of_every_repeat_draws_its_own_validation_patients(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def seed_of(*parts: object) -> int:
+        asked.append(parts)
+        return derive_seed(*parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("cmrhpc.data.folds.derive_seed", seed_of)
+    ids, patients, labels = cohort([8, 8], 1)
+    make_folds(ids, patients, labels, Folds(k=3, repeats=2), 2, 5)
+    assert len(asked) == len(set(asked)) == 2 + 2 * 3
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

@@ -109,6 +109,13 @@ def test_shrinking_averages_instead_of_skipping() -> None:
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_shrinking_smooths_along_either_axis(axis: int) -> None:
+    stripes = (np.indices((120, 120))[axis] % 2).astype(float)
+    small = geometry.linear(stripes[..., None], geometry.whole((120, 120), None, 30))
+    assert small[1:-1, 1:-1].std() < 1e-6
+
+
 def test_share_outside_and_mask_kept() -> None:
     place = geometry.Region((-4.0, 2.0), (1.0, 1.0), 8, 1.0)
     assert geometry.share_outside((20, 20), place) == 0.5

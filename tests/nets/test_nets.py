@@ -69,6 +69,16 @@ def test_residual_pair_is_m8(size: int, channels: int) -> None:
     assert sum(ups) == start_and_ups(size)[1]
 
 
+def test_the_last_convolution_of_a_residual_block_starts_half_as_wide() -> None:
+    for net in residual_pair(80, 1, 100, 32, rng()):
+        for name, layer in net.named_modules():
+            if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 5000:
+                spread = float(layer.weight.detach().std())
+                he = (2 / layer.weight[0].numel()) ** 0.5
+                wanted = 0.5 if name.endswith("conv2") else 1.0
+                assert abs(spread / he - wanted) < 0.05, name
+
+
 def test_residual_pair_sizes_at_80() -> None:
     g, d = residual_pair(80, 1, 100, 32, rng())
     assert 1.0e6 < sum(p.numel() for p in g.parameters()) < 1.6e6
@@ -164,6 +174,17 @@ def test_simgan_refiner_is_m9() -> None:
     block = r.blocks[0]
     h = torch.randn(1, 8, 5, 5)
     assert torch.equal(block(h), h + block.conv2(block.prelu(block.conv1(h))))
+
+
+def test_a_new_refiner_leaves_the_image_nearly_as_it_is() -> None:
+    """With blocks at full width the mean difference would be 0.7 to 1.2."""
+    x = torch.nn.functional.interpolate(
+        torch.randn(4, 1, 4, 4, generator=rng(3)), size=(20, 20), mode="bilinear"
+    ).tanh()
+    for seed in range(5):
+        r, _ = simgan_pair(1, 64, rng(seed))
+        with torch.no_grad():
+            assert (r(x) - x).abs().mean() < 0.4
 
 
 def test_simgan_discriminator_is_m9() -> None:

@@ -201,6 +201,18 @@ def test_due_by_time(tmp_path: Path) -> None:
     assert not Checkpoints(tmp_path, SETTINGS, every_seconds=1000).due()
 
 
+def test_the_time_counts_from_the_last_one_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("cmrhpc.train.checkpoint.time.monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path, SETTINGS, every_seconds=60)
+    now += 61
+    assert checkpoints.due()
+    checkpoints.save(1, {}, {})
+    assert not checkpoints.due()
+    now += 61
+    assert checkpoints.due()
+
+
 @pytest.mark.timeout(120)
 def test_a_checkpoint_that_is_no_plain_file_is_passed_over(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", SETTINGS)

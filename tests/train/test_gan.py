@@ -259,6 +259,36 @@ def test_warnings_of_one_winner_of_a_beaten_generator_and_of_collapse() -> None:
         assert bool(expected) == bool(warning)
 
 
+def test_labels_stay_with_their_images_when_the_set_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every class is one grey, which no move changes."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = gan.draw_generation
+
+    def draw(*arguments: Any) -> Any:
+        draws = real(*arguments)
+        assert draws.real_label is not None
+        seen.append((draws.real.mean((2, 3, 4)), draws.real_label))
+        return draws
+
+    monkeypatch.setattr(gan, "draw_generation", draw)
+    labels = torch.arange(10) % 2
+    data = (labels.float() - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 16, 16).clone()
+    settings = dataclasses.replace(VARIANTS["acgan"], expand=True, batch=16)
+    train_gan(data, labels, settings, COMPUTE, Affine(factor=3), n_classes=2, seed=5)
+    grey, label = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.allclose(grey, label.float() - 0.5, atol=1e-5)
+    assert {0, 1} == set(label.flatten().tolist())
+
+
+def test_what_was_warned_of_is_not_warned_of_again_after_a_resume() -> None:
+    g, d = gan.build_pair(TINY, 16, 1, 2, 0)
+    run = gan._Run(TINY, gan.Evolution(g, d), torch.Generator(), lambda entry: None)
+    run.warned = ["collapse"]
+    other = gan._Run(TINY, gan.Evolution(*gan.build_pair(TINY, 16, 1, 2, 0)), torch.Generator(), lambda entry: None)
+    other.load(run.tensors(), run.state())
+    assert other.warned == ["collapse"]
+
+
 def test_a_single_mutation_is_not_warned_of() -> None:
     run = run_of(dataclasses.replace(TINY, mutations=("heuristic",)))
     run.step = 1000

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from cmrhpc.data.selection import training_images
-from cmrhpc.errors import Incomplete
+from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.planning import COHORT, FOLDS, inputs
 from cmrhpc.shards import read_shard
-from cmrhpc.stages.classify import TrainingSet, training_set
+from cmrhpc.stages.classify import TrainingSet, classify, training_set
 from cmrhpc.stages.task import Context, run_task
+from cmrhpc.stages.training import TrainingLog, checkpoints
 from cmrhpc.workspace import Workspace
 
 ACGAN = """
@@ -35,7 +36,13 @@ ratios = [1.5]
 name = "acgan"
 ratios = [1]
 [[arms]]
+name = "acgan+affine"
+ratios = [1]
+[[arms]]
 name = "acgan+simgan"
+ratios = [1]
+[[arms]]
+name = "acgan+simgan+affine"
 ratios = [1]
 [primary]"""
 
@@ -54,11 +61,15 @@ def workspace(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Works
     return found
 
 
+def context_of(workspace: Workspace, arm: str, fold: int = 0) -> Context:
+    task = next(t for t in workspace.tasks("classify") if t.arm == arm and t.fold == fold)
+    shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
+    return Context(workspace, task, shards, lambda: False, lambda *_: None)
+
+
 def trained_on(workspace: Workspace, arm: str) -> TrainingSet:
     """The training set of an arm in fold 0."""
-    task = next(t for t in workspace.tasks("classify") if t.arm == arm and t.fold == 0)
-    shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
-    return training_set(Context(workspace, task, shards, lambda: False, lambda *_: None))
+    return training_set(context_of(workspace, arm))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +111,62 @@ def test_affine_moves_every_image_and_adds_none(workspace: Workspace, real) -> N
     made = trained_on(workspace, "affine")
     assert (len(made.images), made.n_added) == (2 * len(images), 0)
     assert made.labels.tolist() == labels.tolist() * 2
+
+
+def test_arms_of_one_size_move_their_real_images_alike(workspace: Workspace, real) -> None:  # type: ignore[no-untyped-def]
+    n = len(real[0])
+    one, other = (trained_on(workspace, f"{arm}+affine").images for arm in ("acgan", "acgan+simgan"))
+    per_copy = len(one) // 2
+    for copy in (slice(0, n), slice(per_copy, per_copy + n)):
+        assert torch.equal(one[copy], other[copy])
+    assert not torch.equal(one, other)
+
+
+def test_arms_start_from_the_same_weights_and_see_batches_in_the_same_order(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    seeds: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def train(*_: object, init_seed: int, order_seed: int, **__: object) -> None:
+        seeds[here] = (init_seed, order_seed)
+        raise Asked
+
+    monkeypatch.setattr("cmrhpc.stages.classify.train_classifier", train)
+    for here in [(arm, fold) for arm in ("none", "affine", "dae-gan", "dae-gan+simgan") for fold in (0, 1)]:
+        with pytest.raises(Asked):
+            classify(context_of(workspace, *here))
+    assert {len({told for (_, f), told in seeds.items() if f == fold}) for fold in (0, 1)} == {1}
+    assert seeds["none", 0] != seeds["none", 1]
+
+
+def test_every_model_of_a_class_is_trained_on_that_class_of_its_fold_alone(workspace: Workspace) -> None:
+    cohort, folds = (read_shard(workspace.path(name)) for name in (COHORT, FOLDS))
+    seen = 0
+    for stage in ("synthesize", "refine"):
+        for task in workspace.tasks(stage):
+            if workspace.path(task.output).is_file():
+                wanted = training_images(cohort, folds, task.repeat, task.fold, task.label).ids
+                made_from = read_shard(workspace.path(task.output)).strings("train_id")
+                assert sorted(made_from) == sorted(wanted), task.title
+                seen += task.label is not None
+    assert seen > 8
+
+
+def test_a_checkpoint_of_other_data_is_refused(workspace: Workspace) -> None:
+    task = next(t for t in workspace.tasks("synthesize") if t.label == 0)
+    shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
+    before = Context(workspace, task, shards, lambda: False, lambda *_: None)
+    after = Context(workspace, task, shards | {COHORT: shards[FOLDS]}, lambda: False, lambda *_: None)
+    checkpoints(before, TrainingLog()).save(1, {"x": torch.zeros(1)}, {})
+    try:
+        assert checkpoints(before, TrainingLog()).newest()
+        with pytest.raises(BadInput, match=r"cohort\.h5"):
+            checkpoints(after, TrainingLog()).newest()
+    finally:
+        checkpoints(before, TrainingLog()).clear()
 
 
 def test_weights_to_start_from_are_an_input(finished: Path, tmp_path: Path) -> None:
