@@ -2,7 +2,8 @@
 
 What is written, in this order: `submissions/asked/NAME.json` before sbatch is asked, then submitit's files in
 `submissions/submitit/NAME/`, then `submissions/JOB.json` when sbatch has answered, and the first is removed. A process
-killed in between leaves the first: the next submission looks in the queue for a job of that name before anything else.
+killed in between, or an sbatch that does not say what became of the job, leaves the first: the next submission looks in
+the queue for a job of that name before anything else.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ _FULL = ("temporarily unable", "Resource temporarily unavailable", "maximum numb
 # Of too many jobs and of too large ones Slurm says the same sentence; newer versions name the limit before it.
 _POLICY = "Job violates accounting/QOS policy"
 _LIMIT = re.compile(r"\b(?:Assoc|QOS)\w+")
+# No answer, so that the job may be queued all the same.
+_SILENT = re.compile(
+    r"unable to contact|timed out|communications? \w+ failure|message (?:send|receive) failure|zero bytes|"
+    r"connection (?:reset|refused)|not connected",
+    re.IGNORECASE,
+)
 
 
 def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, str]:
@@ -207,7 +214,7 @@ def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs:
     try:
         return send_with(workspace, asked, executor, settings(workspace, profile, array.stage))
     except CmrhpcError:
-        if not asked_path(workspace, asked.name).exists():  # else it was sent, and could not be noted
+        if not asked_path(workspace, asked.name).exists():  # else it was sent, or may have been
             shutil.rmtree(place, ignore_errors=True)
         raise
 
@@ -217,7 +224,8 @@ def send_with(
 ) -> list[Job[str]]:
     """Submit the elements of `asked` as one job array, and note it.
 
-    Raises Incomplete when the cluster takes no more jobs now, BadInput when it refuses this one.
+    Raises Incomplete when the cluster takes no more jobs now, or does not say whether it took this one, and BadInput
+    when it refuses this one. Only where it refused is the note removed.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -232,9 +240,15 @@ def send_with(
             found = executor.map_array(
                 run_element, [str(workspace.root)] * n, [asked.stage] * n, tasks, [variables] * n
             )
-    except (FailedJobError, FailedSubmissionError, OSError) as error:
+    except OSError as error:
+        mend = "mend what is named, then run the same command again: it looks for the job in the queue first"
+        raise BadInput(f"cannot submit: {error}", asked.name, mend) from None
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = " ".join(str(error).split())
+        if not said or isinstance(error, FailedSubmissionError) or _SILENT.search(said):
+            mend = "run the same command again: it looks for the job in the queue first"
+            raise Incomplete(f"Slurm does not say whether it took the job: {said}", asked.name, mend) from None
         note.unlink(missing_ok=True)
-        said = " ".join(str(error).split()) or type(error).__name__
         if mend := _when_full(said):
             raise Incomplete(f"the cluster takes no more jobs now: {said}", asked.name, mend) from None
         mend = "mend the profile; `cmrhpc submit --dry-run` shows the file and Slurm's answer"

@@ -14,6 +14,7 @@ import pytest
 
 import cmrhpc
 from cmrhpc import files
+from cmrhpc.cli import main
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
 from cmrhpc.launch import records, submit
 from cmrhpc.launch.records import Record
@@ -131,6 +132,48 @@ def test_a_job_that_is_too_large_is_not_taken_for_one_too_many(
     assert words in str(raised.value)
     assert "sent:  0 of 19 tasks" in str(raised.value)
     assert not [*(ready.root / "submissions").rglob("asked/*")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "echo sbatch: error: Batch job submission failed: Socket timed out on send/recv operation >&2; exit 1",
+        "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2; exit 1",
+        "echo taken; exit 0",
+        "kill -KILL $$",
+    ],
+)
+def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
+    ready: Workspace, program: Put, tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one is queued, and Slurm's answer is lost."""
+    queue, count = tmp_path / "queue", tmp_path / "count"
+    program("srun", "exit 0")
+    program("sacct", "exit 1")
+    program(
+        "squeue",
+        f'[ ! -e {queue} ] || if [[ $* = *--name=* ]]; then echo "9|$(cat {queue})"; else\n'
+        f'for k in 0 1; do echo "9_$k|RUNNING|None|n1|/x|$(cat {queue})|c"; done; fi',
+    )
+    name = "sed -n 's/^#SBATCH --job-name=//p' $1"
+    program(
+        "sbatch", f"echo x >> {count}; [ -e {queue} ] || {{ {name} > {queue}; {said}; }}\necho job 1$(wc -l < {count})"
+    )
+    (tmp_path / "mine.toml").write_text('[environment]\nlines = ["true"]\n')
+    command = ["submit", str(ready.root), "--profile", str(tmp_path / "mine.toml"), "--yes"]
+    assert main(command) == 4
+    assert "whether it took the job" in capsys.readouterr().err
+    (note,) = (ready.root / "submissions" / "asked").iterdir()
+    planned = propose(ready).arrays
+    assert not note.exists()
+    (first,) = (ready.root / "submissions").glob("*.json")
+    told = json.loads(first.read_text())
+    assert (told["job"], told["name"]) == ("9", note.stem)
+    assert (ready.root / "submissions" / "submitit" / note.stem).is_dir()
+    assert main(command) == 0
+    sent = [json.loads(path.read_text()) for path in (ready.root / "submissions").glob("*.json")]
+    assert len(sent) == len(planned) + 1 == len(count.read_text().split())
+    assert [one["job"] for one in sent if one["name"] == note.stem] == ["9"]
 
 
 def test_the_narrowest_account_limits_the_arrays(program: Put) -> None:
