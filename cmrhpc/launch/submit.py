@@ -317,8 +317,9 @@ def submit_all(
         try:
             for planned in now.arrays:
                 ours.renew()
-                same = (planned.stage, planned.ask)
-                if lost.intersection(planned.needs) or same in refusals or (planned.stage == "aggregate" and not sent):
+                same, report = (planned.stage, planned.ask), planned.stage == "aggregate"
+                needed = planned.needs if report else (*planned.needs, *planned.after)
+                if lost.intersection(needed) or same in refusals or (report and not sent):
                     lost.add(planned.name)
                     continue
                 array = dataclasses.replace(planned, after=tuple(n for n in planned.after if n not in lost))
