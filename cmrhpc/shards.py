@@ -266,7 +266,8 @@ def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> 
     import h5py
 
     hashes = {}
-    with h5py.File(path, "w", userblock_size=USER_BLOCK, libver=("earliest", "v110")) as file:
+    # No lock, as for readers: nobody else knows the temporary name, and some file systems have none (errno 37, 95).
+    with h5py.File(path, "w", userblock_size=USER_BLOCK, libver=("earliest", "v110"), locking=False) as file:
         for name in sorted(datasets):
             data = datasets[name]
             blocks = data if isinstance(data, Blocks) else Blocks(data.shape, data.dtype.str, [np.asarray(data)])
@@ -290,7 +291,7 @@ def _write_datasets(path: Path, datasets: Mapping[str, np.ndarray | Blocks]) -> 
 def _write_header(path: Path, told: Mapping[str, Any]) -> None:
     import h5py
 
-    with h5py.File(path, "r+", libver=("earliest", "v110")) as file:
+    with h5py.File(path, "r+", libver=("earliest", "v110"), locking=False) as file:
         for name, value in told.items():
             text = value if isinstance(value, str) else canonical(value)
             if isinstance(value, int | float):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -46,6 +47,22 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert shards.check_companions(shard, tmp_path) == []
     assert shards.check_content(shard) == ""
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "a.jsonl", "a.png"]
+
+
+def test_a_file_system_that_refuses_locks_takes_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's lock on the new file refuses ours, as a file system without locks does."""
+    monkeypatch.delenv("HDF5_USE_FILE_LOCKING", raising=False)
+    create, held = files.create, []
+
+    def create_locked(path: Path) -> None:
+        create(path)
+        held.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(held[-1], fcntl.LOCK_EX)
+
+    monkeypatch.setattr(files, "create", create_locked)
+    write(tmp_path / "a.h5")
+    assert shards.read_shard(tmp_path / "a.h5")["label"].tolist() == [0, 1, 2, 3, 4]
+    os.close(held[0])
 
 
 def test_several_datasets_from_one_opening(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmrhpc import files
+from cmrhpc import files, shards
 from cmrhpc.errors import BadInput
 from cmrhpc.findings import Finding, finding
 from cmrhpc.launch import slurm
@@ -255,6 +255,7 @@ def folder_findings(workspace: Path) -> list[Finding]:
             renames = (folder / "file").read_text() == "two" and len(os.listdir(folder)) == 1
             mend = "put the workspace on another file system"
             found = [finding(renames, f"{workspace} is writable and renames in one step", mend), _links(folder, mend)]
+            found.append(_shard(folder, mend))
         free = shutil.disk_usage(workspace).free / GIB
     except (OSError, BadInput) as error:
         why = error.what if isinstance(error, BadInput) else error.strerror
@@ -271,6 +272,18 @@ def _links(folder: Path, mend: str) -> Finding:
         return finding(False, f"files cannot be created once and for all here: {error.what}", mend)
     right = first and not second
     return finding(right, f"of two who create one file {'one wins' if right else 'not exactly one wins'}", mend)
+
+
+def _shard(folder: Path, mend: str) -> Finding:
+    """The HDF5 library asks more of a file system than plain files do."""
+    try:
+        shards.write_shard(
+            folder / "a.h5", {"id": shards.text_array("a")}, schema="1", task={}, settings={}, inputs={}, seed=0
+        )
+        shards.read_shard(folder / "a.h5")
+    except (BadInput, ImportError) as error:
+        return finding(False, f"no shard can be written: {getattr(error, 'what', error)}", mend)
+    return finding(True, "a shard can be written and read here")
 
 
 def disk_findings() -> list[Finding]:

@@ -39,6 +39,7 @@ def test_everything_that_a_cluster_has(login_node: Node) -> None:
         f"image {image.SIF}: its checksum holds",
         "ws is writable and renames in one step",
         "of two who create one file one wins",
+        "a shard can be written and read here",
         "the file system's clock agrees with this machine's",
     } <= well
     assert any(what.startswith("apptainer version 1.") for what in well)

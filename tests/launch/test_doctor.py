@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cmrhpc import doctor
+from cmrhpc import doctor, shards
 from cmrhpc.cli import main
 from cmrhpc.doctor import has_code_for
 from cmrhpc.findings import Finding
@@ -35,6 +35,7 @@ def test_machine_without_a_cluster(
     assert not found(findings, "Apptainer is not here")["ok"]
     assert found(findings, "is writable and renames in one step")["ok"]
     assert found(findings, "of two who create one file one wins")["ok"]
+    assert found(findings, "a shard can be written and read here")["ok"]
     assert found(findings, "the file system's clock agrees")["ok"]
     assert os.listdir(tmp_path) == []
 
@@ -243,6 +244,15 @@ def test_folders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert three["ok"]
     (tmp_path / "not").write_text("a file in the way")
     assert cluster.disk_findings()[2]["what"] == f"APPTAINER_CACHEDIR {away} is no folder"
+
+
+def test_file_system_on_which_hdf5_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(shards, "_write_datasets", refuse)
+    wrong = found(cluster.folder_findings(tmp_path), "no shard can be written: cannot write: Operation not supported")
+    assert (wrong["ok"], wrong["needed"]) == (False, True)
 
 
 def test_folder_that_is_not_there(tmp_path: Path) -> None:
