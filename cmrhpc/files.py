@@ -143,12 +143,23 @@ def make_folder(folder: Path) -> None:
 
 
 def _follow_group(path: Path, parent: os.stat_result, mode: int) -> None:
-    """Give `path` the group of its folder, and `mode`; without the group's part of it where that is another group."""
-    with contextlib.suppress(PermissionError):  # a user outside the group keeps the own group
+    """Give `path` the group of its folder, and `mode`; without the group's part of it where that is another group.
+
+    A new folder of another group than its maker's hands it on, to who can read a group and not give it: a container
+    without the user's further groups.
+    """
+    with contextlib.suppress(OSError):  # a user outside the group, and in such a container, keeps the own group
         if os.stat(path).st_gid != parent.st_gid:
             os.chown(path, -1, parent.st_gid)
+            mode |= stat.S_ISGID if path.is_dir() else 0
     shared = os.stat(path).st_gid == parent.st_gid and parent.st_mode & PUBLIC != PUBLIC
-    os.chmod(path, mode if shared else mode & 0o700)
+    mode = mode if shared else mode & 0o700
+    try:
+        os.chmod(path, mode)
+    except OSError as error:  # file systems that have no modes of their own
+        present = stat.S_IMODE(os.stat(path).st_mode) & 0o777
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or present & ~mode:
+            raise
 
 
 def explain(error: OSError, path: Path) -> BadInput:

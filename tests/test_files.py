@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -23,6 +24,42 @@ def test_others_get_no_access_and_the_group_follows_the_folder(tmp_path: Path) -
         files.atomic_write(folder / "new" / "a", "text")
         assert stat.S_IMODE((folder / "new" / "a").stat().st_mode) == expected
         assert stat.S_IMODE((folder / "new").stat().st_mode) & 0o007 == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another group")
+def test_a_container_that_cannot_give_a_group_keeps_its_own_and_folders_hand_theirs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.chown(tmp_path, -1, 100)
+    tmp_path.chmod(0o770)
+    files.make_folder(tmp_path / "made")
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o2770
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "chown", refuse)
+    for path, group, mode in (("a", os.getegid(), 0o600), ("made/a", 100, 0o660)):
+        files.atomic_write(tmp_path / path, "text")
+        found = (tmp_path / path).stat()
+        assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (group, mode)
+
+
+def test_a_file_system_without_modes_is_taken_unless_it_grants_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o770)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "chmod", refuse)
+    files.atomic_write(tmp_path / "new" / "a", "text")
+    assert stat.S_IMODE((tmp_path / "new" / "a").stat().st_mode) == 0o600
+    monkeypatch.setattr(files, "create", lambda path: os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)))
+    with pytest.raises(BadInput, match="Operation not permitted"):
+        files.atomic_write(tmp_path / "b", "text")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", ["write_all", "set_permissions", "sync_file", "rename", "sync_folder"])

@@ -236,9 +236,9 @@ for path in ("made", "made/inner", "made/inner/file", "raw", "raw/cohort.csv", n
         ((0, 0), 0o1777, (), "65534 0o700", "65534 0o600"),  # as /tmp
         ((0, 65534), 0o1777, (), "65534 0o700", "65534 0o600"),
         ((65534, 100), 0o770, (), "65534 0o700", "65534 0o600"),  # the folder's group is not this user's
-        ((65534, 100), 0o770, (100,), "100 0o770", "100 0o660"),
+        ((65534, 100), 0o770, (100,), "100 0o2770", "100 0o660"),
         ((65534, 100), 0o2770, (100,), "100 0o2770", "100 0o660"),
-        ((0, 100), 0o1770, (100,), "100 0o770", "100 0o660"),  # members do not remove each other's files
+        ((0, 100), 0o1770, (100,), "100 0o2770", "100 0o660"),  # members do not remove each other's files
     ],
 )
 def test_the_group_gets_access_where_it_is_the_folders_own(
