@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SECONDS = 10.0  # a controller that has not answered by then is overloaded or gone
 # States in which an element has ended, and comes back only if somebody asks for it.
@@ -158,19 +158,28 @@ def accounting(jobs: Iterable[str]) -> dict[str, Element] | None:
     if not wanted:
         return {}
     columns = "jobid,state,exitcode,nodelist"
-    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--duplicates", "--array"]
+    command = ["sacct", "--noheader", "--parsable2", "--duplicates", "--array"]
     answer = ask([*command, f"--jobs={','.join(wanted)}", f"--format={columns}"])
     return parse_accounting(answer.out) if answer.code == 0 else None
 
 
 def parse_accounting(text: str) -> dict[str, Element]:
-    """What `sacct --duplicates --format=jobid,state,exitcode,nodelist` printed: a line per run, in order."""
+    """What `sacct --duplicates --format=jobid,state,exitcode,nodelist` printed: in order each run and its steps.
+
+    A step that ran out of memory says so, where its job only FAILED: srun's exit code is all that its script saw.
+    """
     found: dict[str, Element] = {}
     for line in text.splitlines():
         fields = line.split("|")
-        if len(fields) != 4 or not re.fullmatch(r"\d+(_\d+)?", fields[0]):
+        if len(fields) != 4 or not re.fullmatch(r"\d+(_\d+)?(\.\w+)?", fields[0]):
             continue  # elements that nobody has looked at yet may be one line, 7_[0-99]
-        key, words, exit_code, node = fields
+        name, words, exit_code, node = fields
+        key, step, _ = name.partition(".")
+        if step:
+            job = found.get(key)
+            if job and words == "OUT_OF_MEMORY" and job.ended and job.state != "COMPLETED":
+                found[key] = replace(job, state=words)
+            continue
         state, _, by = words.partition(" by ")
         code, _, number = exit_code.partition(":")
         earlier = found.get(key)

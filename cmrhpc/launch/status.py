@@ -308,7 +308,7 @@ class _Jobs:
 def _merged(queued: Element, accounted: Element) -> Element:
     """The queue knows the present, accounting the past: who cancelled, how it ended, earlier runs."""
     if queued.ended:
-        same = queued.state == accounted.state
+        same = accounted.state in (queued.state, "OUT_OF_MEMORY")  # of a step, which the queue does not show
         return replace(accounted, reason=queued.reason) if same else queued
     late = (accounted.state,) if accounted.ended else ()
     return replace(queued, before=accounted.before + late)

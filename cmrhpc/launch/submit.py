@@ -227,7 +227,9 @@ def more_for_what_lacked_it(
     tried = [s for s in queue.submissions if any((s.stage, i) in wanted for e in s.elements for i in e)]
     # What slurmctld still remembers serves where accounting is off.
     told = queue.elements | (slurm.accounting({s.job for s in tried}) or {})
-    told |= {key: element for key, element in queue.elements.items() if element.ended}  # accounting may lag behind
+    # Accounting may lag behind, but it alone knows of steps that ran out of memory.
+    lacking = {key for key, element in told.items() if element.state == "OUT_OF_MEMORY"}
+    told |= {key: element for key, element in queue.elements.items() if element.ended and key not in lacking}
     most_of_stage = functools.cache(lambda stage: _most_seconds(profile, stage))
     most_memory = memory_mb(profile.slurm.max_memory) if profile.slurm.max_memory else math.inf
     more: dict[tuple[str, int], tuple[int, int]] = {}

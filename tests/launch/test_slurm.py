@@ -29,6 +29,18 @@ ACCOUNTING = """\
 13|NODE_FAIL|1:0|n2
 7_3|OUT_OF_MEMORY|0:125|n1
 8_5|FAILED|75:0|n1
+8_5.batch|FAILED|75:0|n1
+8_5.extern|COMPLETED|0:0|n1
+8_5.0|FAILED|75:0|n1
+10_2|FAILED|1:0|n1
+10_2.batch|FAILED|1:0|n1
+10_2.0|OUT_OF_MEMORY|0:125|n1
+11|FAILED|1:0|n1
+11.0|OUT_OF_MEMORY|0:125|n1
+11|RUNNING|0:0|n2
+11.extern|RUNNING|0:0|n2
+14|COMPLETED|0:0|n1
+14.0|OUT_OF_MEMORY|0:125|n1
 9_[1-9%2]|PENDING|0:0|None assigned
 13|PENDING|0:0|None assigned
 """
@@ -51,6 +63,9 @@ def test_accounting_as_printed() -> None:
         "13": Element("PENDING", before=("PREEMPTED", "NODE_FAIL")),
         "7_3": Element("OUT_OF_MEMORY", node="n1", signal=125),
         "8_5": Element("FAILED", node="n1", exit_code=75),
+        "10_2": Element("OUT_OF_MEMORY", node="n1", exit_code=1),
+        "11": Element("RUNNING", node="n2", before=("OUT_OF_MEMORY",)),
+        "14": Element("COMPLETED", node="n1"),
     }
 
 

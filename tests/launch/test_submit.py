@@ -19,6 +19,7 @@ from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
 from cmrhpc.launch import records, submit
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Limits
+from cmrhpc.launch.status import status
 from cmrhpc.launch.submissions import Submission, write_submission
 from cmrhpc.planning import COHORT, Task
 from cmrhpc.profile import parse_profile
@@ -207,6 +208,21 @@ def test_out_of_memory_asks_for_twice_what_a_task_had(ready: Workspace, program:
     asked = {index: a.ask.memory // 1024 for a in found.arrays if a.stage == "classify" for index in a.tasks}
     assert [asked[i] for i in (0, 1, 2, 3)] == [4, 16, 16, 4]
     assert found.notes == ["classify: 2 tasks ran out of memory; asking for 16G instead of 4G"]
+
+
+def test_a_step_out_of_memory_asks_for_more_though_its_job_only_failed(ready: Workspace, program: Put) -> None:
+    """Also while the queue, which knows no steps, still shows the job."""
+    write_submission(ready, dataclasses.replace(SENT, memory="20G"))
+    rows = ["7_0|FAILED|1:0|n1", "7_0.0|OUT_OF_MEMORY|0:125|n1", "7_1|FAILED|1:0|n1", "7_1.0|FAILED|1:0|n1"]
+    program("sacct", f"[[ $* = *--allocations* ]] || printf '%s\\n' {' '.join(map(repr, rows))}")
+    for queue in ("exit 0", 'for k in 0 1; do echo "7_$k|FAILED|NonZeroExitCode|n1|/x|classify-real-aa|c"; done'):
+        program("squeue", queue)
+        asked = {i: a.ask.memory for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
+        assert [asked[i] // 1024 for i in (0, 1)] == [20, 16]
+        assert [t.reason for t in status(ready).stages["classify"].tasks[:2]] == [
+            "out of memory: submit again with more",
+            "its job failed with exit code 1",
+        ]
 
 
 def test_no_more_than_the_profile_allows(ready: Workspace, program: Put) -> None:
