@@ -8,8 +8,8 @@
 #   CMRHPC_TASKS               run these tasks side by side, e.g. "4 5", instead of that of the array index
 #
 # The log of each is WORKSPACE/logs/STAGE_INDEX.log. The job ends with the exit code of its task, or with the worst. Asked
-# by USR1 or USR2 to stop, a task saves a checkpoint and says 75, and the job goes back into the queue; after a TERM it
-# does not: whoever sends that (scancel, preemption, the time limit) has decided already.
+# by USR1 or USR2 to stop, a task that trains saves a checkpoint and says 75, and the job goes back into the queue; after a
+# TERM it does not: whoever sends that (scancel, preemption, the time limit) has decided already.
 set -uo pipefail
 umask 007
 
@@ -21,6 +21,8 @@ stop() {
     [ ${#children[@]} -eq 0 ] || kill -USR2 "${children[@]}" 2> /dev/null
 }
 trap stop USR1 USR2
+# These keep nothing, and would begin anew for ever: they run into the time limit, and the next submission asks for more.
+[[ ${1:-} != @(ingest|aggregate) ]] || { requeue=no; trap again=yes USR1 USR2; }
 trap 'requeue=no; stop' TERM
 
 offset=${3:-${CMRHPC_OFFSET:-0}}

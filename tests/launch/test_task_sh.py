@@ -37,9 +37,9 @@ def place(program: Put, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, tasks: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+def start(place: Path, tasks: str, *words: str, stage: str = "classify", **environment: str) -> subprocess.Popen[bytes]:
     more = {"CMRHPC_TASKS": tasks, "SLURM_JOB_ID": "9", "PREEMPTED": "None"} | environment
-    return subprocess.Popen(["bash", str(TASK_SH), "classify", ".", *words], cwd=place, env=os.environ | more)
+    return subprocess.Popen(["bash", str(TASK_SH), stage, ".", *words], cwd=place, env=os.environ | more)
 
 
 def wait_for(*paths: Path) -> None:
@@ -104,6 +104,25 @@ def test_every_task_is_asked_to_stop_and_the_job_goes_back_once(
     assert requeued(place) == back
     if back:
         assert (place / "scontrol.said").read_text().count("requeue") == 1
+
+
+@pytest.mark.parametrize("stage", ["ingest", "aggregate"])
+def test_what_keeps_no_checkpoint_runs_into_its_limit(place: Path, program: Put, stage: str) -> None:
+    """Slurm warns, and at the limit it ends the job: one that went back into the queue would never be done."""
+    running = start(place, "100", stage=stage)
+    wait_for(place / "began.100")
+    for number in (signal.SIGUSR2, signal.SIGUSR1):
+        running.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(0.3)
+    log = place / "logs" / f"{stage}_100.log"
+    assert "asked" not in log.read_text()
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 75
+    assert "asked" in log.read_text()
+    program("cmrhpc", "kill -USR2 $$")  # Slurm may signal every process of a job
+    assert start(place, "1", stage=stage).wait(60) == 75
+    assert not requeued(place)
 
 
 def test_a_controller_that_is_away_for_a_moment_is_asked_again(place: Path, program: Put) -> None:
