@@ -29,6 +29,9 @@ _OURS |= {
     "wckey",
     "wrap",
 }
+# What would keep submit from learning where its jobs are, and what to do instead.
+_HIDES = {"cluster": "export SLURM_CLUSTERS=NAME, which squeue and sacct read too, before every cmrhpc command"}
+_HIDES |= {"clusters": _HIDES["cluster"], "quiet": "take it out: the number of the job is read from what sbatch prints"}
 _KEYS = {"account": "account", "constraint": "constraint", "cpus-per-task": "cpus", "gres": "gres", "mem": "memory"}
 _KEYS |= {"partition": "partition", "qos": "qos", "time": "time"}
 _BY_STAGE = ("partition", "account", "qos", "constraint", "options")  # of [slurm], what a stage may have its own of
@@ -280,6 +283,8 @@ def _check_slurm(slurm: Slurm, place: str) -> None:
             raise BadInput(f'"{option}" is no long option of sbatch', number, 'write "--exclude=node7"')
         if word in _KEYS:
             raise BadInput(f"--{word} has a key of its own", number, f"write {_KEYS[word]} = ...")
+        if word in _HIDES:
+            raise BadInput(f"--{word} hides the jobs from cmrhpc", number, _HIDES[word])
         if word in _OURS:
             raise BadInput(f"--{word} is decided by cmrhpc submit", number, "take it out")
 
