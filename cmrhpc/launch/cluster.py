@@ -231,7 +231,8 @@ def path_findings(workspace: Path, profile: Profile | None) -> list[Finding]:
         bound = [workspace.resolve()]
         with contextlib.suppress(BadInput):  # a folder that is no workspace yet
             known = Workspace(workspace)
-            bound += [*read_elsewhere(known, "ingest"), *read_elsewhere(known, "synthesize")]
+            for stage in STAGES:
+                bound += [path for pair in read_elsewhere(known, stage).items() for path in pair]
     found: list[Finding] = []
     for check, path in [(check_for_slurm, workspace.absolute()), *((check_for_bind, path) for path in bound)]:
         try:

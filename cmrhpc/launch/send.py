@@ -73,20 +73,33 @@ def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, st
         raise BadInput(f"no checksum beside the image: {image}.sha256", where, mend)
     check_for_bind(workspace.root.resolve())
     binds = list(profile.container.binds)
-    for folder in read_elsewhere(workspace, stage):
-        check_for_bind(folder)
-        binds.append(str(folder))
+    for seen, real in read_elsewhere(workspace, stage).items():
+        check_for_bind(seen)
+        check_for_bind(real)
+        # Where it lies first: of links on the way the container may have some, and lack others.
+        binds += [str(real)] if seen == real else [str(real), f"{real}:{seen}"]
     found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
     return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
 
 
-def read_elsewhere(workspace: Workspace, stage: str) -> list[Path]:
-    """Folders outside the workspace that tasks of a stage read, links followed."""
-    read = [workspace.raw] if stage == "ingest" else []
-    if stage == "synthesize":
-        read += [workspace.external(name) for name, one in workspace.study.generators.items() if one.external]
-    folders = dict.fromkeys(path.resolve() for path in read)
-    return [folder for folder in folders if not folder.is_relative_to(workspace.root.resolve())]
+def read_elsewhere(workspace: Workspace, stage: str) -> dict[Path, Path]:
+    """What tasks of a stage read outside the workspace: where they look for it -> where it lies, links followed."""
+    study, root = workspace.study, workspace.root.resolve()
+    read = [study.data.raw] if stage == "ingest" else []
+    if stage == "synthesize" and (made := [one.external for one in study.generators.values() if one.external]):
+        # The table is asked for the images that a generator was trained on, where it declares them by name.
+        read += [*made, *([study.data.raw] if workspace.raw.exists() else [])]
+    if stage == "classify":  # a file that is missing stops who starts from it, and a missing bind all
+        read += [
+            one.weights for name, one in study.classifiers.items() if one.weights and workspace.weights(name).exists()
+        ]
+    found = {}
+    for text in read:
+        seen, real = Path(os.path.normpath(root / text)), Path(os.path.realpath(root / text))
+        inside = seen.is_relative_to(root)  # the workspace is bound, and its links lead to where it lies
+        if not (inside and real.is_relative_to(root)):
+            found[real if inside else seen] = real
+    return found
 
 
 def dependency(array: Array, jobs: Mapping[str, str]) -> str | None:

@@ -144,6 +144,33 @@ def test_synthesize_sees_external_images_that_lie_elsewhere(tmp_path: Path, stud
     assert "APPTAINER_BIND" not in settings(workspace, with_image(tmp_path), "classify")
 
 
+def test_weights_and_the_raw_table_are_seen_where_they_lie_elsewhere(tmp_path: Path, study_text: str) -> None:
+    for name in ("cmrhpc.sif", "cmrhpc.sif.sha256", "w.safetensors"):
+        (tmp_path / name).touch()
+    text = study_text.replace("[classifiers.resnet50]", '[classifiers.resnet50]\nweights = "../w.safetensors"')
+    text = text.replace('raw = "raw"', 'raw = "../raw"') + '[generators.a]\nexternal = "made"\n'
+    place = make(tmp_path / "ws", text)
+    assert settings(place, with_image(tmp_path), "classify")["APPTAINER_BIND"] == f"{tmp_path}/w.safetensors"
+    assert "APPTAINER_BIND" not in settings(place, with_image(tmp_path), "synthesize")  # it declares ids, as it seems
+    (tmp_path / "raw").mkdir()
+    assert settings(place, with_image(tmp_path), "synthesize")["APPTAINER_BIND"] == f"{tmp_path}/raw"
+    (tmp_path / "w.safetensors").unlink()  # the tasks of this classifier tell, and others run
+    assert "APPTAINER_BIND" not in settings(place, with_image(tmp_path), "classify")
+
+
+def test_a_source_behind_a_link_is_bound_where_tasks_look_for_it_too(tmp_path: Path, study_text: str) -> None:
+    for name in ("cmrhpc.sif", "cmrhpc.sif.sha256"):
+        (tmp_path / name).touch()
+    (tmp_path / "disk" / "raw").mkdir(parents=True)
+    (tmp_path / "data").symlink_to("disk")
+    for raw in ("../data/raw", f"{tmp_path}/data/raw", "linked"):
+        place = make(tmp_path / raw.replace("/", "_"), study_text.replace('raw = "raw"', f'raw = "{raw}"'))
+        (place.root / "linked").symlink_to(tmp_path / "disk" / "raw")
+        real, seen = f"{tmp_path}/disk/raw", f",{tmp_path}/disk/raw:{tmp_path}/data/raw"
+        binds = settings(place, with_image(tmp_path), "ingest")["APPTAINER_BIND"]
+        assert binds == (real if raw == "linked" else real + seen)
+
+
 def make(place: Path, study_text: str) -> Workspace:
     place.mkdir(parents=True)
     (place / "study.toml").write_text(study_text)
