@@ -36,8 +36,10 @@ def run_element(workspace: str, stage: str, tasks: Sequence[int], settings: dict
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "CMRHPC_CONTAINER": "",
         }
-    if "APPTAINER_BIND" in settings and os.environ.get("APPTAINER_BIND"):
-        here["APPTAINER_BIND"] += f",{os.environ['APPTAINER_BIND']}"
+    # Of the two Apptainer reads the older one only where the other is not set.
+    own = os.environ.get("APPTAINER_BIND") or os.environ.get("SINGULARITY_BIND")
+    if "APPTAINER_BIND" in settings and own:
+        here["APPTAINER_BIND"] += f",{own}"
 
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []

@@ -181,6 +181,17 @@ def test_the_element_returns_what_happened(place: Path, monkeypatch: pytest.Monk
     assert signal.getsignal(signal.SIGUSR2) is before
 
 
+def test_binds_of_the_site_stay_beside_ours(place: Path, program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    program("apptainer", f"echo $APPTAINER_BIND >> {place}/bound")
+    (place / "x.sif.sha256").write_text("0" * 64)
+    told = {"CMRHPC_CONTAINER": str(place / "x.sif"), "APPTAINER_BIND": "/raw"}
+    monkeypatch.setenv("SINGULARITY_BIND", "/old")
+    run_element(str(place), "classify", [0], told)
+    monkeypatch.setenv("APPTAINER_BIND", "/site")
+    run_element(str(place), "classify", [0], told)
+    assert (place / "bound").read_text().split() == ["/raw,/old", "/raw,/site"]
+
+
 @pytest.mark.parametrize("what", ["link", "fifo", "folder of logs"])
 def test_a_log_that_is_no_plain_file_is_neither_followed_nor_waited_for(place: Path, tmp_path: Path, what: str) -> None:
     theirs = tmp_path / "theirs"
