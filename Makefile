@@ -7,8 +7,10 @@ DEMO   := runs/demo
 
 .PHONY: demo test test-cluster test-kill test-gpu test-slow bench lint clean
 
+# An environment that was not finished is begun anew: it may have another Python.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(if $(wildcard $(READY)),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --quiet --editable '.[dev]'
 	touch $(READY)
