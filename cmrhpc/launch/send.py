@@ -184,7 +184,8 @@ def group_access() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(told: Iterable[str]) -> Iterator[None]:
-    """Without variables that would win over the sbatch file: those of ours, and inside a job all that are the job's.
+    """Without variables that would win over the sbatch file: those of ours, and inside a job all that are the job's,
+    but for which Slurm is asked.
 
     told: options of sbatch in the file, e.g. "gpus-per-node".
     """
@@ -193,7 +194,9 @@ def undisturbed(told: Iterable[str]) -> Iterator[None]:
     try:
         for name in before:
             if (name.startswith("SBATCH_") and name.removeprefix("SBATCH_") in win) or (
-                "SLURM_JOB_ID" in before and name.startswith(("SLURM_", "SRUN_", "SUBMITIT_"))
+                "SLURM_JOB_ID" in before
+                and name.startswith(("SLURM_", "SRUN_", "SUBMITIT_"))
+                and name not in ("SLURM_CONF", "SLURM_CLUSTERS")
             ):
                 del os.environ[name]
         yield

@@ -277,3 +277,11 @@ def test_a_variable_of_sbatch_wins_over_nothing_that_the_file_says(monkeypatch: 
         with send.undisturbed(told):
             assert [name for name in names if f"SBATCH_{name}" in os.environ] == left
     assert all(f"SBATCH_{name}" in os.environ for name in names)
+
+
+def test_inside_a_job_the_same_slurm_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONF", "SLURM_CLUSTERS")
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    with send.undisturbed(()):
+        assert [name for name in names if name in os.environ] == ["SLURM_CONF", "SLURM_CLUSTERS"]
