@@ -1,4 +1,4 @@
-"""What a stop signal does to a command: SIGINT, SIGTERM, SIGUSR1 and SIGUSR2, at every moment of its life.
+"""What a stop signal does to a command: SIGINT, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP, at every moment of its life.
 
 Where nothing can be lost it ends the command at once (`stopping_at_once`); where work can be saved it becomes a request
 (`stop_on_signals` in a task, the loop of a local run); where it would do harm it waits (`held`).
@@ -12,11 +12,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that closes; under nohup it may
+    STOP_SIGNALS += (signal.SIGHUP,)
 
 
 class Stopped(BaseException):
-    """SIGTERM, SIGUSR1 or SIGUSR2 came while nothing was under way that could be lost."""
+    """A stop signal other than SIGINT came while nothing was under way that could be lost."""
 
 
 @contextlib.contextmanager

@@ -15,13 +15,14 @@ import pytest
 from cmrhpc.launch.records import read_record
 from tests.reliability.conftest import TIMEOUT, assert_no_half_file, cmrhpc, command, copy_of, digest
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGHUP: 75}
 
 
 def start(root: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command("run", root, "--jobs", "2", "--plain"),
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -67,7 +68,7 @@ def test_stopped_while_the_fork_server_loads_torch(fresh: Path, tmp_path: Path, 
     assert "what was finished is kept" in lines[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGHUP])
 def test_stopped_while_tasks_work_it_goes_on_to_the_same_digest(
     fresh: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
