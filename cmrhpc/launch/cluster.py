@@ -48,8 +48,8 @@ def slurm_findings(profile: Profile | None) -> list[Finding]:
     found = [finding(True, f"Slurm {version}")]
     config = slurm.config()
     if config is None:
-        mend = "wait and try again; when it lasts, ask the cluster's administrator"
-        what = f"Slurm's controller does not answer within {slurm.SECONDS:.0f} s"
+        mend = "wait and try again, or set CMRHPC_SLURM_SECONDS; when it lasts, ask the cluster's administrator"
+        what = f"Slurm's controller does not answer within {slurm.patience():.0f} s"
         return [*found, finding(False, what, mend, submits)]
     found += [_accounting(config), _limits(profile), *_clock(config)]
     return found + _partitions(slurm.partitions() or [], profile)

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from cmrhpc.errors import printable
+from cmrhpc.launch import slurm
 from cmrhpc.launch.status import FAILED, RUNNING, WAITING, Status, TaskStatus, status
 from cmrhpc.workspace import Workspace
 
@@ -78,8 +79,12 @@ def print_status(root: str, json_wanted: bool) -> int:
     return 0
 
 
-def watch(root: str, seconds: float = 5.0) -> int:
-    """Show the status anew until nothing runs and nothing waits in a queue. Not on a terminal: each change once."""
+def watch(root: str, seconds: float | None = None) -> int:
+    """Show the status anew until nothing runs and nothing waits in a queue. Not on a terminal: each change once.
+
+    Every five seconds, and where Slurm is asked, whom everybody asks, every thirty.
+    """
+    seconds = (30.0 if slurm.installed() else 5.0) if seconds is None else seconds
     terminal = sys.stdout.isatty()
     shown, quiet = "", 0
     while True:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-SECONDS = 10.0  # a controller that has not answered by then is overloaded or gone
+PATIENCE_S = 10.0  # a controller that has not answered by then is overloaded or gone
 # States in which an element has ended, and comes back only if somebody asks for it.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 ENDED |= {"REVOKED", "TIMEOUT"}
@@ -88,13 +88,22 @@ class Answer:
     err: str = ""
 
 
-def ask(command: list[str], seconds: float = SECONDS, environment: dict[str, str] | None = None) -> Answer:
+def patience() -> float:
+    """Seconds that each question may take: CMRHPC_SLURM_SECONDS where that is a number above 0."""
+    with contextlib.suppress(ValueError):
+        told = float(os.environ.get("CMRHPC_SLURM_SECONDS", ""))
+        return told if 0 < told < 86400 else PATIENCE_S
+    return PATIENCE_S
+
+
+def ask(command: list[str], seconds: float | None = None, environment: dict[str, str] | None = None) -> Answer:
     """Run a program that only asks. Never raises and never outlasts its time limit by more than a second.
 
-    Its output goes to files: a pipe held open by a stuck child would hold us too.
+    seconds: instead of `patience()`. Its output goes to files: a pipe held open by a stuck child would hold us too.
     """
     if shutil.which(command[0]) is None:
         return Answer(None, err=f"{command[0]} is not installed here")
+    seconds = patience() if seconds is None else seconds
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PERSONAL)}
     settings = kept | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"} | (environment or {})
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

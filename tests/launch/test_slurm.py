@@ -114,6 +114,17 @@ def test_slurm_that_hangs_is_left(program: Put) -> None:
     assert time.monotonic() - begun < 60  # of the 1000 that it would take
 
 
+def test_a_slow_slurm_may_be_given_more_time(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, seconds in (("", 10), ("60", 60), ("soon", 10), ("-1", 10), ("nan", 10)):
+        monkeypatch.setenv("CMRHPC_SLURM_SECONDS", told)
+        assert slurm.patience() == seconds
+    program("squeue", "sleep 100")
+    monkeypatch.setenv("CMRHPC_SLURM_SECONDS", "0.2")
+    begun = time.monotonic()
+    assert slurm.queue() is None
+    assert time.monotonic() - begun < 9
+
+
 def test_slurm_that_complains_is_none(program: Put) -> None:
     program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
     assert slurm.queue(["1"]) is slurm.queue() is None

@@ -15,12 +15,13 @@ import termios
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cmrhpc import files
 from cmrhpc.errors import UsageError
-from cmrhpc.launch import records
+from cmrhpc.launch import records, show
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.show import as_json, as_text, watch
 from cmrhpc.launch.status import TaskStatus, status
@@ -291,6 +292,20 @@ def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
     said = capsys.readouterr().out
     assert said.count("running  dae-gan fold 0 repeat 0 class 1 (job 40_1): starting on n1") == 1
     assert "failed   dae-gan fold 0 repeat 0 class 0 and 3 more of synthesize: its job has left the queue" in said
+
+
+@pytest.mark.parametrize(("path", "seconds"), [("", 30.0), ("/nowhere", 5.0)])
+def test_watch_asks_slurm_twice_a_minute_at_most(
+    workspace: Workspace, program: Put, monkeypatch: pytest.MonkeyPatch, path: str, seconds: float
+) -> None:
+    program("squeue", "exit 0")
+    program("sacct", OFF)
+    if path:
+        monkeypatch.setenv("PATH", path)
+    slept: list[float] = []
+    monkeypatch.setattr(show, "time", SimpleNamespace(sleep=slept.append))
+    assert watch(str(workspace.root)) == 0
+    assert slept == [seconds]
 
 
 def test_what_has_not_begun_has_a_line_too(workspace: Workspace) -> None:
