@@ -220,7 +220,7 @@ def more_for_what_lacked_it(
 ) -> tuple[More, list[str]]:
     """Twice the time or memory, up to the maximum, for tasks whose job ended for lack of it; and in words.
 
-    The maximum is the profile's; of time, where it names none, the partition's. A task that says itself why it failed
+    The maximum is the profile's; of time the partition's too. A task that says itself why it failed
     beside another that ran out of time lacked nothing.
     """
     wanted = {(stage, s.index) for stage, found in missing.items() for s in found}
@@ -259,7 +259,9 @@ def more_for_what_lacked_it(
             ("memory", memory_text(memory), memory_text(memory_mb(asked.memory)), memory >= most_memory),
         ):
             if now != usual:
-                whose = "of the profile" if what == "memory" or profile.slurm.max_time else "of the partition"
+                limit = profile.slurm.max_time
+                ours = what == "memory" or (limit and seconds >= time_seconds(limit))
+                whose = "of the profile" if ours else "of the partition"
                 end = f"{now} instead of {usual}" + (f" (max_{what} {whose})" if most else "")
                 key = (stage, what, end)
                 lacked[key] = lacked.get(key, 0) + 1
@@ -275,8 +277,7 @@ def more_for_what_lacked_it(
 
 def _most_seconds(profile: Profile, stage: str) -> float:
     """The longest time that a task of a stage may be given, as far as it is known."""
-    if profile.slurm.max_time:
-        return time_seconds(profile.slurm.max_time)
+    told = time_seconds(profile.slurm.max_time) if profile.slurm.max_time else math.inf
     names = [name for name in profile.slurm_of(stage).partition.split(",") if name]
     known = [p for p in slurm.partitions() or [] if (p.name in names if names else p.default)]
     longest = 0.0
@@ -284,8 +285,8 @@ def _most_seconds(profile: Profile, stage: str) -> float:
         try:
             longest = max(longest, time_seconds(partition.time_limit))
         except BadInput:  # "infinite"
-            return math.inf
-    return longest or math.inf
+            return told
+    return min(told, longest or math.inf)
 
 
 # ------------------------------------------------------------------------------------------------ sending it

@@ -246,6 +246,12 @@ def test_no_more_time_than_the_partition_gives(ready: Workspace, program: Put) -
         found = propose(ready, f'[slurm]\npartition = "{partition}"\n')
         assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
         assert (" (max_time of the partition)" in found.notes[0]) == (hours == 12)
+    for most, hours, whose in (("20:00:00", 12, "partition"), ("10:00:00", 10, "profile")):  # the narrower holds
+        found = propose(
+            ready, f'[slurm]\npartition = "gpu"\nmax_time = "{most}"\n[stages.synthesize]\ntime = "6:00:00"\n'
+        )
+        assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
+        assert f" (max_time of the {whose})" in found.notes[0]
 
 
 def test_a_task_that_failed_by_itself_beside_one_out_of_time_gets_no_more(ready: Workspace, program: Put) -> None:
