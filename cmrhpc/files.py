@@ -242,7 +242,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     for attempt in (1, 2, 3):
         try:
             with atomic_path(Path(path)) as temporary:
-                write_all(temporary, data.encode() if isinstance(data, str) else data)
+                write_all(temporary, _encoded(data, path))
             return
         except BadInput as error:
             # Another process may remove an empty folder (finished checkpoints) just after we looked.
@@ -260,7 +260,7 @@ def create_once(path: Path, data: bytes | str) -> bool:
     temporary = temporary_name(path)
     try:
         create(temporary)
-        write_all(temporary, data.encode() if isinstance(data, str) else data)
+        write_all(temporary, _encoded(data, path))
         set_permissions(temporary)
         sync_file(temporary)
         os.link(temporary, path)
@@ -273,6 +273,14 @@ def create_once(path: Path, data: bytes | str) -> bool:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _encoded(data: bytes | str, path: Path) -> bytes:
+    try:
+        return data.encode() if isinstance(data, str) else data
+    except UnicodeEncodeError:  # the name of a folder is any bytes
+        mend = "rename the folder that is named there"
+        raise BadInput("cannot write: a path in it is no UTF-8 text", str(path), mend) from None
 
 
 @contextlib.contextmanager

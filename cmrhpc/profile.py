@@ -167,7 +167,7 @@ def load_profile(name: str | Path) -> Profile:
     """
     path = Path(name)
     if not path.is_file():
-        own = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "cmrhpc" / "profiles"
+        own = Path(os.environ.get("XDG_CONFIG_HOME") or expanded("~/.config")) / "cmrhpc" / "profiles"
         folders = [Path("slurm/profiles"), own, Path(__file__).resolve().parent.parent / "slurm" / "profiles"]
         known = {p.stem: p for folder in reversed(folders) for p in sorted(folder.glob("*.toml"))}
         if str(name) not in known:

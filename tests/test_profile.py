@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pwd
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cmrhpc.errors import BadInput
+from cmrhpc.launch.cluster import disk_findings
 from cmrhpc.profile import load_profile, memory_mb, memory_text, parse_profile, time_seconds, time_text
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "profiles" / "template.toml"
@@ -78,6 +81,19 @@ def test_a_name_is_looked_for_here_and_then_in_the_users_own_folder(
     assert load_profile("tesla").slurm.partition == "ours"
     (here / "tesla.toml").unlink()
     assert load_profile("tesla").slurm.partition == "mine"
+
+
+def test_a_user_without_a_home_is_told_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CONFIG_HOME", "APPTAINER_CACHEDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(shutil, "which", lambda program: "/usr/bin/apptainer")
+    with pytest.raises(BadInput, match="no such profile"):
+        load_profile("nowhere")
+    assert disk_findings()[-1]["what"].startswith("APPTAINER_CACHEDIR ~/.apptainer/cache")
 
 
 def test_an_unknown_name_lists_those_there_are() -> None:

@@ -23,7 +23,7 @@ from cmrhpc.launch import slurm
 from cmrhpc.launch.send import read_elsewhere
 from cmrhpc.launch.slurm import Partition
 from cmrhpc.launch.submit import limits_for
-from cmrhpc.paths import check_for_bind, check_for_slurm
+from cmrhpc.paths import check_for_bind, check_for_slurm, expanded
 from cmrhpc.planning import STAGES
 from cmrhpc.workspace import Workspace
 
@@ -294,7 +294,7 @@ def disk_findings() -> list[Finding]:
     if shutil.which("apptainer"):
         build = Path(os.environ.get("APPTAINER_TMPDIR") or temporary)
         found.append(_space("APPTAINER_TMPDIR", build, BUILD_GIB, "building the image needs it"))
-        cache = Path(os.environ.get("APPTAINER_CACHEDIR") or Path.home() / ".apptainer" / "cache")
+        cache = Path(os.environ.get("APPTAINER_CACHEDIR") or expanded("~/.apptainer/cache"))
         purpose = "a base image from a registry is kept there"
         found.append(_space("APPTAINER_CACHEDIR", cache, CACHE_GIB, purpose, made=True))
     return found

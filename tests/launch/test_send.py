@@ -200,6 +200,18 @@ def test_a_workspace_is_not_made_where_it_could_not_be_sent_from(
     assert not (tmp_path / "a\nb").exists()
 
 
+@pytest.mark.parametrize(("place", "raw"), [(b"w\xff", "raw"), (b"ws", b"sub/r\xff")])
+def test_a_folder_whose_name_is_no_text_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: bytes, raw: str | bytes
+) -> None:
+    images = tmp_path / os.fsdecode(raw)
+    images.parent.mkdir(exist_ok=True)
+    assert main(["phantom", str(images), "--patients", "4"]) == 0
+    init = ["init", str(tmp_path / os.fsdecode(place)), "--study", "demo", "--raw", str(images)]
+    assert main(init) == 3
+    assert "no UTF-8 text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("workspace", "raw", "external", "stage"),
     [
