@@ -272,6 +272,7 @@ class Judge:
         self.hashes: dict[tuple[str, ...], str] = {}  # of settings, by what they depend on
         self.sums: dict[str, dict[str, dict[str, str]]] = {}  # of the external generators, each read once
         self.weights: dict[str, str] = {}
+        self.opened: set[Path] = set()  # folders, once a file was missing there
         self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
 
     def stage(self, stage: str, freeze: bool = True) -> list[State]:
@@ -315,6 +316,8 @@ class Judge:
             entry = self.read.get(output)
             if entry is None:
                 wrong = shards.damage_of(file)
+                if wrong == "missing" and self._looked_anew(file.parent):
+                    wrong = shards.damage_of(file)
                 if wrong and wrong != "missing":
                     return f"damaged: {wrong}"
                 entry = None if wrong else self.workspace.read_entry(output, hashed=True)
@@ -350,6 +353,19 @@ class Judge:
             if self.index[path].content_sha256 != entry.inputs[path]:
                 return f"input {path} changed"
         return ""
+
+    def _looked_anew(self, folder: Path) -> bool:
+        """Whether a file that was missing may be there now, once for each folder.
+
+        NFS remembers for a while that a name was not there, and asks its server anew when the folder is opened.
+        """
+        root = self.workspace.root
+        way = [path for path in (folder, *folder.parents) if path.is_relative_to(root) and path not in self.opened]
+        for path in reversed(way):
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+        self.opened.update(way)
+        return bool(way)
 
     def _settings_reason(self, output: str, asked: dict[str, Any]) -> str:
         """Which settings differ, old and new."""

@@ -13,7 +13,7 @@ from cmrhpc.errors import BadInput
 from cmrhpc.launch.planned import array_ranges, offset_ranges
 from cmrhpc.planning import COHORT, FOLDS, STAGES, Task
 from cmrhpc.study import parse_study
-from cmrhpc.workspace import Workspace
+from cmrhpc.workspace import Judge, Workspace
 
 
 def make(root: Path, text: str) -> Workspace:
@@ -155,6 +155,26 @@ def test_a_flipped_bit_is_found_when_files_are_checked(tmp_path: Path, study_tex
     assert missing(workspace) == {}
     found = missing(workspace, check=True)
     assert found["synthetic/dae-gan/fold0_repeat0_class0.h5"].startswith("damaged")
+
+
+def test_a_shard_that_a_network_file_system_does_not_show_yet_is_looked_for_again(
+    tmp_path: Path, study_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is shown once its folder has been opened anew."""
+    workspace = make(tmp_path, study_text)
+    write_all(workspace)
+    task = workspace.tasks("refine")[0]
+    late, opened, damage_of = workspace.path(task.output), [], shards.damage_of
+    monkeypatch.setattr(shards, "damage_of", lambda path: "missing" if path == late and not opened else damage_of(path))
+    real = os.open
+
+    def noted(path: object, *more: object, **named: object) -> int:
+        opened.extend([1] if path == late.parent else [])
+        return real(path, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", noted)
+    assert not Judge(workspace, check=True).verdict(task.output)
+    assert opened == [1]
 
 
 def test_two_planners_at_once_freeze_one_list(tmp_path: Path, study_text: str) -> None:
