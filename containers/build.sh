@@ -74,9 +74,11 @@ mend="  mend:  set APPTAINER_TMPDIR to a folder with 12 GB free, on a local disk
 free=$(df --output=avail --block-size=1G "$unpack" | tail -n 1)
 [ "$free" -ge 12 ] || fail "too little room to build in: $free GB free" "  where: $unpack" "$mend"
 
-# Turn pip's settings into variables, which the definition passes on: files of this machine are not seen inside.
+# Turn where pip finds packages into variables, which the definition passes on: files of this machine are not seen inside.
+# Its other settings (user, target, require-virtualenv) are for environments of this machine.
 if python3 -m pip --version > /dev/null 2>&1; then
     while IFS='=' read -r key value; do
+        case ${key##*.} in index-url | extra-index-url | proxy | cert | trusted-host) ;; *) continue ;; esac
         name=PIP_$(tr 'a-z-' 'A-Z_' <<< "${key##*.}")
         value=${value#\'} value=${value%\'}
         [ -n "${!name:-}" ] || export "$name=${value//\\n/ }"
@@ -93,5 +95,10 @@ cd "$here/.."
 apptainer build --force "${arguments[@]}" "$output.part" containers/cmrhpc.def || fail "the image was not built" \
     "  mend:  Apptainer's words above tell why; where users may not build (no user namespaces), build on another Linux" \
     "         machine and copy the .sif and .sha256"
+# No image lies beside the checksum of another at any time: one without any is refused.
+digest=$(sha256sum "$output.part")
+echo "${digest%% *}  $(basename "$output")" > "$output.sha256.part"
+rm -f "$output.sha256"
 mv "$output.part" "$output"
-(cd "$(dirname "$output")" && sha256sum "$(basename "$output")" | tee "$output.sha256")
+mv "$output.sha256.part" "$output.sha256"
+cat "$output.sha256"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -76,6 +78,33 @@ def test_base_on_disk_is_named_from_where_the_caller_stands(tmp_path: Path, appt
     asked = apptainer.read_text().splitlines()
     assert asked[-6:] == [*local[:3], f"base={tmp_path}/debian", f"{tmp_path}/here.sif.part", "containers/cmrhpc.def"]
     assert (tmp_path / "here.sif.sha256").read_text().endswith("  here.sif\n")
+
+
+def test_only_where_pip_finds_packages_is_passed_on(tmp_path: Path, apptainer: Path, program: Put) -> None:
+    settings = ["global.index-url='https://in.example/simple'", "install.user='true'", ":env:.require-virtualenv='1'"]
+    program("python3", f"[ $3 != config ] || printf '%s\\n' {' '.join(map(shlex.quote, settings))}")
+    program("apptainer", f'env > {apptainer}; touch "${{@: -2:1}}"')
+    assert build("--output", "here.sif", where=tmp_path).returncode == 0
+    passed = [line for line in apptainer.read_text().splitlines() if line.startswith("PIP_")]
+    assert "PIP_INDEX_URL=https://in.example/simple" in passed
+    assert not [line for line in passed if line.startswith(("PIP_USER", "PIP_REQUIRE"))]
+    taken = re.search(r"grep -iE '(.*?)'", (ROOT / "containers/cmrhpc.def").read_text())
+    assert taken
+    for name, right in (("PIP_INDEX_URL", True), ("PIP_USER", False), ("HTTPS_PROXY", True), ("PIP_CERT", True)):
+        assert bool(re.match(taken[1], f"export {name}=x", re.IGNORECASE)) is right
+
+
+def test_a_new_image_never_lies_beside_the_checksum_of_the_old_one(
+    tmp_path: Path, apptainer: Path, program: Put
+) -> None:
+    image, checksum = tmp_path / "here.sif", tmp_path / "here.sif.sha256"
+    image.write_text("old")
+    checksum.write_text("old")
+    program("mv", f'[ -e {checksum} ] && cp {checksum} {tmp_path}/beside; exec /bin/mv "$@"')
+    assert build("--output", "here.sif", where=tmp_path).returncode == 0
+    assert not (tmp_path / "beside").exists()
+    done = subprocess.run(["sha256sum", "--check", checksum.name], cwd=tmp_path, capture_output=True)
+    assert (done.returncode, image.read_text()) == (0, "")
 
 
 def test_a_base_with_a_digest_is_pinned_to_the_new_one(tmp_path: Path, apptainer: Path, program: Put) -> None:
