@@ -74,11 +74,14 @@ mend="  mend:  set APPTAINER_TMPDIR to a folder with 12 GB free, on a local disk
 free=$(df --output=avail --block-size=1G "$unpack" | tail -n 1)
 [ "$free" -ge 12 ] || fail "too little room to build in: $free GB free" "  where: $unpack" "$mend"
 
-# Turn where pip finds packages into variables, which the definition passes on: files of this machine are not seen inside.
+# Turn how pip reaches its index into variables, which the definition passes on: files of this machine are not seen inside.
 # Its other settings (user, target, require-virtualenv) are for environments of this machine.
 if python3 -m pip --version > /dev/null 2>&1; then
     while IFS='=' read -r key value; do
-        case ${key##*.} in index-url | extra-index-url | proxy | cert | trusted-host) ;; *) continue ;; esac
+        case ${key##*.} in
+            index-url | extra-index-url | trusted-host | proxy | cert | timeout | default-timeout | retries) ;;
+            *) continue ;;
+        esac
         name=PIP_$(tr 'a-z-' 'A-Z_' <<< "${key##*.}")
         value=${value#\'} value=${value%\'}
         [ -n "${!name:-}" ] || export "$name=${value//\\n/ }"
