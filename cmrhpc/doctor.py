@@ -34,7 +34,8 @@ def findings(workspace: Path | None = None, profile: Profile | None = None) -> l
     found = [
         finding(sys.version_info >= (3, 11), f"cmrhpc {__version__}, Python {sys.version.split()[0]}", "use 3.11+")
     ]
-    for name in ("numpy", "h5py", "scipy", "scikit-learn", "SimpleITK", "submitit", "matplotlib"):
+    names = ("numpy", "h5py", "scipy", "scikit-learn", "SimpleITK", "submitit", "matplotlib")
+    for name in (*names, "pillow", "jinja2", "tomlkit", "rich"):
         found.append(_package(name, "pip install .   # in the clone"))
     for name in ("torch", "torchvision", "timm", "safetensors"):
         mend = "only where tasks compute, and not with the container: pip install '.[train]' in the clone"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from cmrhpc.doctor import has_code_for
 from cmrhpc.findings import Finding
 from cmrhpc.launch import cluster
 from cmrhpc.profile import load_profile
+from tests.conftest import ROOT
 from tests.launch.conftest import Put
 
 
@@ -63,6 +66,13 @@ def test_what_is_needed_and_wrong_is_told_to_scripts(
     told = capsys.readouterr()
     assert not found(json.loads(told.out)["findings"], "no checksum beside it")["ok"]
     assert told.err == ""
+
+
+def test_every_package_that_is_asked_for_is_looked_at() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    said = [finding["what"].split(" ")[0] for finding in doctor.findings()]
+    for words in (*asked["dependencies"], *asked["optional-dependencies"]["train"]):
+        assert re.split("[<>=]", words)[0] in said
 
 
 # The lists of torch 2.15 for CUDA 13 and of torch 2.6 for CUDA 12.4.
