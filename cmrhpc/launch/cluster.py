@@ -20,7 +20,7 @@ from cmrhpc import files, shards
 from cmrhpc.errors import BadInput
 from cmrhpc.findings import Finding, finding
 from cmrhpc.launch import slurm
-from cmrhpc.launch.send import read_elsewhere
+from cmrhpc.launch.send import other_version, read_elsewhere
 from cmrhpc.launch.slurm import Partition
 from cmrhpc.launch.submit import limits_for
 from cmrhpc.paths import check_for_bind, check_for_slurm, expanded
@@ -176,7 +176,12 @@ def container_findings(profile: Profile | None) -> list[Finding]:
     else:
         found += [finding(True, answer.out.strip()), _namespaces()]
     image = profile.container.image if profile else os.environ.get("CMRHPC_CONTAINER", "")
-    return found + (_image(Path(image)) if image else []) + (_binds(profile) if profile else [])
+    if image:
+        found += _image(Path(image))
+        options = profile.container.options if profile else os.environ.get("CMRHPC_CONTAINER_OPTIONS", "").split()
+        if os.path.exists(image) and (differs := other_version(image, options)):
+            found.append(finding(False, differs, "build it from this clone, or install its version here", needed=False))
+    return found + (_binds(profile) if profile else [])
 
 
 def _binds(profile: Profile) -> list[Finding]:

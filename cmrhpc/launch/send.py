@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmrhpc import files
+from cmrhpc import __version__, files
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
 from cmrhpc.launch import slurm
 from cmrhpc.launch.arrays import TRAINING, Array
@@ -80,6 +80,15 @@ def settings(workspace: Workspace, profile: Profile, stage: str) -> dict[str, st
         binds += [str(real)] if seen == real else [str(real), f"{real}:{seen}"]
     found = {"CMRHPC_CONTAINER": str(image), "CMRHPC_CONTAINER_OPTIONS": " ".join(profile.container.options)}
     return found | ({"APPTAINER_BIND": ",".join(binds)} if binds else {})
+
+
+def other_version(image: str, options: Iterable[str]) -> str:
+    """What to say of an image whose cmrhpc is not ours; empty where it is, or where the image does not start here."""
+    answer = slurm.ask(["apptainer", "--quiet", "exec", *options, image, "cmrhpc", "--version"], seconds=60)
+    told = " ".join(answer.out.split())
+    if answer.code != 0 or told == f"cmrhpc {__version__}":
+        return ""
+    return f"image {image} holds {told or 'no version'}, and this is cmrhpc {__version__}: tasks run the image's code"
 
 
 def read_elsewhere(workspace: Workspace, stage: str) -> dict[Path, Path]:

@@ -14,7 +14,7 @@ from cmrhpc.errors import BadInput, UsageError
 from cmrhpc.launch.arrays import Array
 from cmrhpc.launch.estimate import table
 from cmrhpc.launch.planned import array_ranges
-from cmrhpc.launch.send import send, settings
+from cmrhpc.launch.send import other_version, send, settings
 from cmrhpc.launch.submit import Proposal, as_json, ask_queue, describe, dry_run, limits_for, propose, submit_all
 from cmrhpc.paths import check_for_slurm
 from cmrhpc.profile import Profile, load_profile
@@ -37,6 +37,9 @@ def submit(root: str, profile_name: str, dry: bool, yes: bool, json_wanted: bool
         raise BadInput("Slurm is not installed here", "squeue, sbatch, srun", mend)
     for stage in {array.stage for array in proposal.arrays}:
         settings(workspace, profile, stage)  # what is wrong with the image is said before anything is asked
+    held = profile.container
+    if proposal.arrays and held.image and (differs := other_version(held.image, held.options)):
+        proposal.notes.append(differs)
     if not json_wanted:
         _show(proposal)
     if proposal.arrays and not yes and not _agreed(proposal):

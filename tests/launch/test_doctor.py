@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cmrhpc import doctor, shards
+from cmrhpc import __version__, doctor, shards
 from cmrhpc.cli import main
 from cmrhpc.doctor import has_code_for
 from cmrhpc.findings import Finding
@@ -225,6 +225,18 @@ def test_image_without_user_namespaces(program: Put, tmp_path: Path) -> None:
     setuid = os.geteuid() == 0  # only root's file would be
     words = "but Apptainer is setuid" if setuid else "and Apptainer is not setuid"
     assert found(cluster.container_findings(None), words)["ok"] is setuid
+
+
+def test_image_of_another_version(program: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "cmrhpc.sif"
+    image.touch()
+    monkeypatch.setenv("CMRHPC_CONTAINER", str(image))
+    monkeypatch.setenv("CMRHPC_CONTAINER_OPTIONS", "--bind /code")
+    for said, differs in ((f"echo cmrhpc {__version__}", False), ("echo cmrhpc 0.0.9", True), ("exit 255", False)):
+        program("apptainer", f"[[ $* != '--quiet exec --bind /code {image} cmrhpc --version' ]] || {{ {said}; }}")
+        words = f"holds cmrhpc 0.0.9, and this is cmrhpc {__version__}"
+        told = [finding for finding in cluster.container_findings(None) if words in finding["what"]]
+        assert [finding["needed"] for finding in told] == ([False] if differs else [])
 
 
 def test_disks_that_are_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Put) -> None:

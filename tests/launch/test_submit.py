@@ -177,6 +177,22 @@ def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
     assert [one["job"] for one in sent if one["name"] == note.stem] == ["9"]
 
 
+def test_an_image_of_another_version_is_told_before_it_is_sent(
+    ready: Workspace, program: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.sif", "x.sif.sha256"):
+        (tmp_path / name).write_text("0" * 64)
+    (tmp_path / "mine.toml").write_text('[container]\nimage = "x.sif"\n')
+    for name in ("squeue", "srun"):
+        program(name, "exit 0")
+    program("sbatch", "echo job $$")
+    program("apptainer", f"echo x >> {tmp_path}/started; echo cmrhpc 0.0.9")
+    assert main(["submit", str(ready.root), "--profile", str(tmp_path / "mine.toml"), "--yes", "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note.endswith(f"holds cmrhpc 0.0.9, and this is cmrhpc {cmrhpc.__version__}: tasks run the image's code")
+    assert (tmp_path / "started").read_text() == "x\n"
+
+
 def test_the_narrowest_account_limits_the_arrays(program: Put) -> None:
     program("scontrol", "exit 1")
     program("sacctmgr", "[[ $* = *assoc* ]] && echo 'heart|50||'; echo 'cpu|8||'")
