@@ -82,7 +82,7 @@ class BestRatio:
     chosen: dict[float, int]  # ratio -> in how many folds x repeats
     reason: str  # why no ratio can be chosen; else empty
     row: Row  # of the chosen cells; its key has no ratio
-    versus: Comparison  # of the primary metric, with none (affine where the study has no none)
+    versus: Comparison  # of the primary metric, with none, or with affine where the arm has that on top
 
 
 def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
@@ -231,11 +231,12 @@ def best_ratios(evaluator: Evaluator, rows: dict[Key, Row]) -> list[BestRatio]:
     metric = collection.study.primary.metric
     found = []
     for classifier in collection.study.classifiers:
-        base = next((classifier, name, 0.0) for name in BASELINES if (classifier, name, 0.0) in rows)
         for arm in collection.study.arms:
             if len(arm.ratios) < 2:
                 continue
             parts = arm_parts(arm.name, collection.study)
+            wanted = BASELINES[::-1] if parts.affine else BASELINES  # else the sweep were credited with affine
+            base = next((classifier, name, 0.0) for name in wanted if (classifier, name, 0.0) in rows)
             keys = {ratio: (classifier, *cell_of(arm.name, ratio, parts)) for ratio in sorted(arm.ratios)}
             columns = {ratio: collection.cells.get(key, {}) for ratio, key in keys.items()}
             everywhere = set.intersection(*(set(c) for c in columns.values()))

@@ -134,7 +134,8 @@ def best_lines(result: Result) -> list[list[str]]:
             *b.row.key[:2],
             best_text(b),
             *(figure_text(m, b.row.figures[m]) for m in METRICS),
-            points(b.versus.difference, sign=True) + (f" ({limits_text(b.versus)})" if b.versus.n_common else ""),
+            points(b.versus.difference, sign=True)
+            + (f" ({limits_text(b.versus)}) against {b.versus.versus}" if b.versus.n_common else ""),
             cells_text(len(b.row.folds), b.row.n_missing),
         ]
         for b in result.best
@@ -143,8 +144,8 @@ def best_lines(result: Result) -> list[list[str]]:
 
 def best_header(result: Result) -> list[str]:
     units = [f"{METRIC_NAMES[m]}{'' if m == 'auc' else ' %'}" for m in METRICS]
-    against = f"{METRIC_NAMES[result.collection.study.primary.metric]} against {result.best[0].versus.versus}, points"
-    return ["classifier", "arm", "ratio chosen on validation patients", *units, against, "rests on"]
+    difference = f"{METRIC_NAMES[result.collection.study.primary.metric]} difference, points"
+    return ["classifier", "arm", "ratio chosen on validation patients", *units, difference, "rests on"]
 
 
 def best_note(result: Result) -> str:

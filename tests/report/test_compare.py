@@ -255,8 +255,26 @@ def test_best_ratio_has_an_interval_and_is_compared_with_none(tmp_path: Path) ->
     for name in ("index.html", "table.md"):
         text = visible_text((tmp_path / "report" / name).read_text())
         assert re.search(rf"ratio 3: 6 times.*\({low:.1f}–{high:.1f}\)", text)
-        assert f"{difference} ({points(result.primary.low)} to {points(result.primary.high)})" in text
+        assert f"{difference} ({points(result.primary.low)} to {points(result.primary.high)}) against none" in text
         assert "best validation balanced accuracy, the primary metric" in text
+
+
+def test_the_best_ratio_of_an_arm_with_affine_is_not_credited_with_affine(tmp_path: Path) -> None:
+    """Synthetic images change nothing; affine on top makes every image right, with or without them."""
+    study = made.study(arms="none affine dae-gan:0,1,3 dae-gan+affine:0,1,3")
+    one = made.cohort(study)
+    right, weak = np.eye(2)[one.label] * 0.8 + 0.1, np.tile([0.2, 0.8], (len(one.label), 1))
+    made.write(tmp_path, study, one, lambda task, rows: (right if task.arm.endswith("affine") else weak)[rows])
+    aggregate(tmp_path)
+    told = list(csv.DictReader((tmp_path / "report" / "best_ratio.csv").read_text().splitlines()))
+    assert [(b["arm"], b["versus"], float(b["difference"])) for b in told] == [
+        ("dae-gan", "none", 0.0),
+        ("dae-gan+affine", "affine", 0.0),
+    ]
+    for name in ("index.html", "table.md"):
+        text = visible_text((tmp_path / "report" / name).read_text())
+        assert "accuracy difference, points" in text
+        assert re.search(r"dae-gan .*0\.0 \(–\) against none.* dae-gan\+affine .*0\.0 \(–\) against affine", text)
 
 
 def test_a_best_ratio_that_cannot_be_chosen_is_listed_with_the_reason(tmp_path: Path) -> None:
