@@ -21,7 +21,7 @@ from cmrhpc import files, planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.forked import in_order
 from cmrhpc.measure.metrics import check_scores
-from cmrhpc.planning import COHORT, FOLDS, Task
+from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, Task
 from cmrhpc.report.tested import ImageTable, find_leaks, image_table
 from cmrhpc.shards import Shard
 from cmrhpc.study import Primary, Study, load_study
@@ -195,9 +195,10 @@ def _newest_study(found: dict[str, _Found]) -> tuple[Study, str]:
 class Asked:
     """Whether a shard is what the study asks for; inputs are compared where they are at hand."""
 
-    def __init__(self, root: Path, study: Study, reference: dict[str, str]):
+    def __init__(self, root: Path, study: Study, reference: dict[str, str], weights: Mapping[str, str]):
         self.root, self.study = root, study
         self.reference = reference  # content hashes of cohort and folds when the files are not at hand
+        self.weights = weights  # by classifier the hash of the file that it starts from; none: from random weights
         self.makers = {t.output: t for stage in ("synthesize", "refine") for t in planning.tasks(study, stage)}
         self.headers: dict[str, shards.Shard | None] = {}
         self.verdicts: dict[str, str] = {}
@@ -236,6 +237,8 @@ class Asked:
                     self.verdicts[path] = self.reason(self.makers[path], source)
                 if self.verdicts[path]:
                     return f"{path}: {self.verdicts[path]}"
+        if header.inputs.get(WEIGHTS) != self.weights.get(task.classifier):
+            return "it was trained from other start weights"
         return ""
 
 
@@ -274,9 +277,11 @@ def collect(folder: Path) -> Collection:
     tasks = {task.output: task for task in expected}
 
     # Accept what the study asks for; refuse the rest with its reason.
-    newest = max(found, key=lambda name: (name in tasks, str(found[name].shard.info.get("written", "")), name))
-    reference = {path: found[newest].shard.inputs.get(path, "") for path in (COHORT, FOLDS)}
-    asked = Asked(root, study, reference)
+    order = sorted(found, key=lambda name: (name in tasks, str(found[name].shard.info.get("written", "")), name))
+    reference = {path: found[order[-1]].shard.inputs.get(path, "") for path in (COHORT, FOLDS)}
+    newest = {tasks[name].classifier: found[name].shard for name in order if name in tasks}
+    weights = {name: shard.inputs[WEIGHTS] for name, shard in newest.items() if WEIGHTS in shard.inputs}
+    asked = Asked(root, study, reference, weights)
     accepted: dict[str, _Found] = {}
     unasked = []
     for name, one in found.items():

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from cmrhpc.measure.kernel_distance import FEATURES
+from cmrhpc.planning import COHORT, FOLDS, WEIGHTS
 from cmrhpc.report import tables
 from cmrhpc.report.gallery import MAX_IMAGES, Gallery
 from cmrhpc.report.published import WARNING, published
@@ -212,7 +213,10 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     spent = sum(s for s in seconds if isinstance(s, int | float))
     used = ("numpy", "scipy", "scikit-learn", "h5py", "matplotlib")
     versions = ", ".join(f"{name} {_version(name)}" for name in used)
-    inputs = {path: value for cell in cells[:1] for path, value in cell.shard.inputs.items() if path.count("/") == 0}
+    inputs = {f"content of {path}": cells[0].shard.inputs.get(path, NONE) for path in (COHORT, FOLDS)}
+    for cell in cells:
+        if WEIGHTS in cell.shard.inputs:
+            inputs[f"start weights of {cell.task.classifier}"] = cell.shard.inputs[WEIGHTS]
     return [
         ("study", f"{study.name}, from {collection.study_from}; seed {study.seed}"),
         ("design", f"{study.folds.k} folds x {study.folds.repeats} repeats, split by {study.folds.group_by}"),
@@ -223,7 +227,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         *_external(result),
         ("code of the tasks", told("code_version")),
         ("container", told("container_sha256")),
-        *((f"content of {path}", value) for path, value in sorted(inputs.items())),
+        *inputs.items(),
         ("this page", f"cmrhpc {_version('cmrhpc')}, Python {platform.python_version()}, {versions}"),
     ]
 

@@ -124,7 +124,9 @@ def write_one(
     **changes: Any,
 ) -> Path:
     """Write one prediction shard as the classify stage does; `changes` override what goes into it."""
-    wanted = {path: (inputs or {}).get(path, HASHES.get(path, "c" * 64)) for path in planning.inputs(study, task)}
+    named = HASHES | (inputs or {})
+    wanted = {path: named.get(path, "c" * 64) for path in planning.inputs(study, task)}
+    wanted |= {path: value for path, value in named.items() if path == planning.WEIGHTS}
     options: dict[str, Any] = {
         "schema": "predictions-1",
         "task": task.to_json(),

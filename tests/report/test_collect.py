@@ -319,6 +319,23 @@ def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_decla
         assert "was not declared before the study ran" in text
 
 
+def test_arms_that_started_from_different_weights_are_not_compared(tmp_path: Path, one, scores) -> None:
+    """none was trained before the file of weights changed; xception starts from random ones and is no part of it."""
+    study = made.study(arms="none dae-gan:3", classifiers="resnet50 xception")
+    for task in planning.tasks(study, "classify"):
+        old = task.arm == "none"
+        weights = {"weights": ("d" if old else "e") * 64} if task.classifier == "resnet50" else {}
+        info = {"study": shards.canonical(study.to_json()), "written": f"20{25 + (not old)}-01-01T00:00:00Z"}
+        made.write_one(tmp_path, study, task, made.datasets(one, task, scores), inputs=weights, info=info)
+    result = aggregate(tmp_path)
+    assert set(result.missing.values()) == {"it was trained from other start weights"}
+    stale = [t.output for t in planning.tasks(study, "classify") if (t.arm, t.classifier) == ("none", "resnet50")]
+    assert sorted(result.missing) == sorted(stale)
+    page = result.page.read_text()
+    assert f"<dt>start weights of resnet50</dt><dd>{'e' * 64}</dd>" in page
+    assert "start weights of xception" not in page
+
+
 def test_training_ids_that_no_shard_tests_are_counted(tmp_path: Path, study, one, scores) -> None:
     made.write(tmp_path, study, one, scores, skip=lambda t: t.fold == 0)
     never_tested = set(one.ids[one.split[0, 0][2]]) & set(one.ids[one.split[1, 0][2]])
