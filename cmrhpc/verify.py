@@ -163,10 +163,16 @@ def _leaks(study: Study, sound: dict[str, shards.Shard]) -> Iterator[str]:
         patient = dict(zip(ids, patients, strict=True))
         label = dict(zip(ids, cohort["label"].tolist(), strict=True))
         group = {one: one for one in ids} if study.folds.group_by == "image" else patient
-        real = _Real(patient, label, group, _image_hashes(cohort))
+        hashes = _image_hashes(cohort)
+        real = _Real(patient, label, group, set(hashes))
     except _MALFORMED as error:
         yield f"{COHORT}: it is no cohort ({_told(error)})"
         return
+    first: dict[bytes, str] = {}
+    copies = [(one, first.setdefault(pixels, one)) for one, pixels in zip(ids, hashes, strict=True)]
+    if crossing := [f"{one} is {other}" for one, other in copies if group[one] != group[other]]:
+        shown = ", ".join(crossing[:5]) + (", ..." if len(crossing) > 5 else "")
+        yield f"{COHORT}: {len(crossing)} images are those of another {study.folds.group_by}, equal to 8 bits: {shown}"
     splits: dict[tuple[int, int], Split] = {}
     for repeat in range(study.folds.repeats):
         for fold in range(study.folds.k):
@@ -210,7 +216,7 @@ def _leaks_of(shard: shards.Shard, split: Split, real: _Real) -> Iterator[str]:
             right = real.patient if name == "patient" else real.label
             if count := sum(right[one] != value for one, value in zip(told[ids], told[name], strict=True)):
                 yield f"{name}: {count} differ from the cohort"
-    if "image" in shard and (copies := len(_image_hashes(shard) & real.images)):
+    if "image" in shard and (copies := len(set(_image_hashes(shard)) & real.images)):
         yield f"{copies} images are copies of real ones, equal to 8 bits"
 
 
@@ -223,7 +229,7 @@ def _told(error: Exception) -> str:
     return error.what if isinstance(error, CmrhpcError) else str(error)
 
 
-def _image_hashes(shard: shards.Shard) -> set[bytes]:
+def _image_hashes(shard: shards.Shard) -> list[bytes]:
     """One hash per image at 8 bits, so that a copy which went through a .png is found as well."""
     pixels = (np.nan_to_num(image) * 127.5 + 127.5 for image in shard["image"])
-    return {hashlib.sha256(p.round().clip(0, 255).astype(np.uint8).tobytes()).digest() for p in pixels}
+    return [hashlib.sha256(p.round().clip(0, 255).astype(np.uint8).tobytes()).digest() for p in pixels]

@@ -136,6 +136,7 @@ def ingest(
                 report.add(row, patients[i], cut)
                 summary.warnings += [f"row {row.number}: {text}" for text in cut.warnings]
                 progress(i + 1, len(rows))
+            summary.warnings[:0] = _mark_copies(report.cells)
             _summarise(summary, report, labels, patients, classes, spacings, coloured)
             datasets: dict[str, np.ndarray | shards.Blocks] = {
                 "image": shards.Blocks(
@@ -163,7 +164,7 @@ def ingest(
                     "roi": data.roi,
                     "normalise": {"images": summary.normalised, "clipped": round(summary.clipped, 6)},
                 },
-                companions={".csv": report.text.getvalue().encode(), ".png": sheet.png()},
+                companions={".csv": report.text().encode(), ".png": sheet.png()},
                 info=info,
             )
     except OSError as error:
@@ -369,25 +370,50 @@ def _summarise(
         summary.notes.append("some images were normalised by window, some by percentile: their values do not compare")
 
 
+def _mark_copies(report: Sequence[dict[str, Any]]) -> list[str]:
+    """Mark the rows whose image is, byte for byte, one of another patient or class; one warning of all of them."""
+    same: dict[str, list[dict[str, Any]]] = {}
+    for row in report:
+        same.setdefault(row[sources.IMAGE], []).append(row)
+    marked = []
+    for rows in same.values():
+        for row in rows:
+            other = next((o for o in rows if (o["patient"], o["label"]) != (row["patient"], row["label"])), None)
+            if other:
+                what = "patient" if other["patient"] != row["patient"] else "class"
+                told = f"the same image as row {other['row']}, of another {what}"
+                row["warning"] = "; ".join(filter(None, (row["warning"], told)))
+                marked.append((row["row"], other["row"], what))
+    if not marked:
+        return []
+    one, two, what = min(marked)
+    told = f"rows {one} and {two} are the same image under two {'patients' if what == 'patient' else 'classes'}"
+    mend = "give them one patient id and one class, or leave one out"
+    return [f"{told} ({len(marked)} such rows in all): training and test can share it; {mend}"]
+
+
 def _short(value: float) -> float:
     """Six significant digits, as the report prints them."""
     return float(f"{value:.6g}")
 
 
 class _Report:
-    """The table of what was done to each image, as text, and its sums."""
+    """The table of what was done to each image, and its sums."""
 
     def __init__(self) -> None:
-        self.text = io.StringIO()
-        self.table = csv.writer(self.text, lineterminator="\n")
+        self.cells: list[dict[str, Any]] = []
         self.normalised = {"window": 0, "percentile": 0}
         self.clipped = 0.0
 
     def add(self, row: Row, patient: str, cut: Cut) -> None:
         cells: dict[str, Any] = {"row": row.number, "id": row.id, "patient": patient, "label": row.label}
-        cells |= cut.report | {"warning": "; ".join(cut.warnings)}
-        if not self.text.tell():
-            self.table.writerow(cells)
-        self.table.writerow([csv_cell(value) for value in cells.values()])
+        self.cells.append(cells | cut.report | {"warning": "; ".join(cut.warnings)})
         self.normalised[cut.report["normalised_by"]] += 1
         self.clipped += cut.report["clipped_low"] + cut.report["clipped_high"]
+
+    def text(self) -> str:
+        stream = io.StringIO()
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(self.cells[0])
+        table.writerows([csv_cell(value) for value in cells.values()] for cells in self.cells)
+        return stream.getvalue()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +264,26 @@ def test_patient_ids_are_replaced_unless_asked_otherwise(tmp_path: Path) -> None
     with pytest.raises(BadInput, match="more than 32 bytes"):
         run(tmp_path, pseudonyms=False)
     run(tmp_path)
+
+
+def test_one_image_under_two_patients_or_classes_is_told_once_and_marked(tmp_path: Path) -> None:
+    rows = make_raw(tmp_path / "raw", 6, 2)
+    shutil.copy(tmp_path / "raw" / rows[2]["image"], tmp_path / "raw" / rows[8]["image"])  # patients 1 and 4
+    os.unlink(tmp_path / "raw" / rows[5]["image"])
+    os.link(tmp_path / "raw" / rows[4]["image"], tmp_path / "raw" / rows[5]["image"])  # both of patient 2
+    rows[11] |= {"image": "again.mha", "label": "0"}
+    shutil.copy(tmp_path / "raw" / rows[10]["image"], tmp_path / "raw" / "again.mha")  # patient 5, two classes
+    write_table(tmp_path / "raw", rows)
+    shard, summary = run(tmp_path)
+    told = {int(row["row"]): row["warning"] for row in report(shard) if row["warning"]}
+    assert told == {
+        3: "the same image as row 9, of another patient",
+        9: "the same image as row 3, of another patient",
+        11: "the same image as row 12, of another class",
+        12: "the same image as row 11, of another class",
+    }
+    (warning,) = summary.warnings
+    assert warning.startswith("rows 3 and 9 are the same image under two patients (4 such rows in all)")
 
 
 def test_no_cell_of_the_report_is_a_formula(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -76,6 +77,21 @@ def test_folds_that_leak_are_found_before_anything_is_trained(copied: Path, tmp_
     same = {f"repeat0_fold1_{part}": folds[f"repeat0_fold0_{part}"] for part in ("train", "validation", "test")}
     forge(root, "folds.h5", **{"repeat0_fold0_train": train, "repeat0_fold0_test": test}, **same)
     assert found(root).leaks == ["folds.h5: repeat 0 does not test every image once"]
+
+
+def test_a_cohort_that_holds_one_image_under_two_patients_leaks(copied: Path, tmp_path: Path) -> None:
+    """The first image also as the second, of the same patient, which leaks nothing, and as the last, of another."""
+    root = only(copied, tmp_path / "w")
+    shutil.copytree(copied / "raw", root / "raw")
+    with open(root / "raw" / "cohort.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows[0]["patient"] == rows[1]["patient"] != rows[-1]["patient"]
+    for row in (rows[1], rows[-1]):
+        for column in ("image", "mask"):
+            shutil.copy(root / "raw" / rows[0][column], root / "raw" / row[column])
+    run_task(Workspace(root), "ingest", 0)
+    told = f"cohort.h5: 1 images are those of another patient, equal to 8 bits: r{len(rows):06d} is r000001"
+    assert found(root).leaks == [told]
 
 
 @pytest.mark.parametrize(
