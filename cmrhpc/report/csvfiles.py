@@ -154,7 +154,10 @@ def best_ratio_csv(result: Result) -> str:
 
 
 def classes_csv(result: Result) -> str:
-    """Per class precision, recall, F1 and the confusion counts (predicted as class 0, 1, ...), means over repeats."""
+    """Per class precision, recall, F1, and the confusion counts (predicted as class 0, 1, ...) as means over repeats.
+
+    The rates are those of the counts: a class that is called once in one repeat has no precision of 1 from it.
+    """
     classes = result.collection.study.classes
     header = ("classifier", "arm", "ratio", "label", "class", "precision", "recall", "f1")
     lines = [

@@ -1,6 +1,7 @@
 """Collected predictions -> every number of the report, computed once; tables, figures and page only print them.
 
-A metric is the mean over repeats of the value pooled over a repeat's folds. All intervals of a row and all differences
+A metric is the mean over repeats of the value pooled over a repeat's folds; a repeat that lacks folds weighs as much as
+it tests. All intervals of a row and all differences
 use the same resampled patients, so that arms stay paired.
 """
 
@@ -71,7 +72,7 @@ class Row:
     key: Key
     figures: dict[str, Figure]
     counts: np.ndarray  # (K, K) confusion counts, mean over repeats: true class x predicted class
-    per_class: dict[str, np.ndarray]  # precision, recall, f1 (K,), mean over repeats
+    per_class: dict[str, np.ndarray]  # precision, recall, f1 (K,), of the counts of all repeats together
     folds: list[Fold]
     n_folds: int
     n_repeats: int
@@ -111,13 +112,11 @@ class Evaluator:
         patients = per_patient(cells.values(), self.n_classes)
         limits = self.limits(pooled, patients)
         figures = {name: Figure(pooled.values[name], *limits[name]) for name in METRICS}
-        classes = [metrics.per_class(counts) for counts in pooled.counts]
-        means = {name: nanmean([found[name] for found in classes]) for name in classes[0]}
         return Row(
             key,
             figures,
             np.mean(pooled.counts, axis=0),
-            means,
+            metrics.per_class(np.sum(pooled.counts, axis=0)),
             [self._fold(cell) for _, cell in sorted(cells.items())],
             len({fold for _, fold in cells}),
             len({repeat for repeat, _ in cells}),
@@ -134,7 +133,7 @@ class Evaluator:
     def pooled(self, cells: Cells) -> Pooled:
         """Values and bootstrap draws of a set of cells; the accuracy identity is asserted for every repeat."""
         repeats = sorted({repeat for repeat, _ in cells})
-        values, drawn, counts = [], [], []
+        values, drawn, counts, sizes = [], [], [], []
         for repeat in repeats:
             here = [cell for (r, _), cell in sorted(cells.items()) if r == repeat]
             label, patient = (np.concatenate([getattr(c.images, n) for c in here]) for n in ("label", "patient"))
@@ -142,13 +141,15 @@ class Evaluator:
             values.append(metrics.measure(label, score))
             counts.append(metrics.confusion(label, metrics.predicted_class(score), self.n_classes))
             drawn.append(self._draw(label, patient, score))
-        means = {name: float(nanmean([v[name] for v in values])) for name in METRICS}
-        # A repeat that lacks a class has no value of some metrics and so no part in their mean.
-        draws = {
-            name: np.mean([d[name] for d, v in zip(drawn, values, strict=True) if np.isfinite(v[name])], axis=0)
-            for name in METRICS
-            if np.isfinite(means[name])
-        }
+            sizes.append(len(label))
+        weights = np.array(sizes) / max(sizes)  # whole repeats weigh 1, exactly
+        means, draws = dict.fromkeys(METRICS, float("nan")), {}
+        for name in METRICS:
+            # A repeat that lacks a class has no value of some metrics and so no part in their mean.
+            there = [i for i, v in enumerate(values) if np.isfinite(v[name])]
+            if there:
+                means[name] = float(np.average([values[i][name] for i in there], weights=weights[there]))
+                draws[name] = np.average([drawn[i][name] for i in there], axis=0, weights=weights[there])
         return Pooled(means, draws, counts)
 
     def _draw(self, label: np.ndarray, patient: np.ndarray, score: np.ndarray) -> dict[str, np.ndarray]:

@@ -141,7 +141,7 @@ def _confusion(result: Result) -> dict[str, Any]:
 
 
 def _classes(result: Result) -> list[list[str]]:
-    """Multi-class studies: precision, recall and F1 per class."""
+    """Multi-class studies: precision, recall and F1 per class, of the counts of all repeats together."""
     classes = result.collection.study.classes
     if len(classes) == 2:
         return []

@@ -19,6 +19,7 @@ from cmrhpc.csvtext import csv_cell
 from cmrhpc.report import tables
 from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
+from cmrhpc.report.evaluate import Evaluator
 from cmrhpc.report.published import FIGURES
 from cmrhpc.report.result import evaluate, figure_text
 from tests.report import made
@@ -70,6 +71,7 @@ def test_table_agrees_with_scikit_learn_on_the_stored_predictions(report: Aggreg
     for row in read_csv(report.folder / "table.csv"):
         place = predictions / row["arm"] / f"ratio{float(row['ratio']):g}" / row["classifier"]
         found: dict[str, list[float]] = {name: [] for name in METRICS}
+        sizes = []
         for repeat in range(2):
             parts = []
             for path in sorted(place.glob(f"fold*_repeat{repeat}.h5")):
@@ -79,6 +81,7 @@ def test_table_agrees_with_scikit_learn_on_the_stored_predictions(report: Aggreg
                 continue
             label, score = (np.concatenate(values) for values in zip(*parts, strict=True))
             predicted = score.argmax(1)
+            sizes.append(len(label))
             found["accuracy"].append(sk.accuracy_score(label, predicted))
             found["sensitivity"].append(sk.recall_score(label, predicted))
             found["specificity"].append(sk.recall_score(label, predicted, pos_label=0))
@@ -88,7 +91,7 @@ def test_table_agrees_with_scikit_learn_on_the_stored_predictions(report: Aggreg
             if row["arm"] == "affine":
                 assert row[name] == row[f"{name}_low"] == ""
                 continue
-            assert float(row[name]) == pytest.approx(np.mean(found[name]), abs=1e-12)
+            assert float(row[name]) == pytest.approx(np.average(found[name], weights=sizes), abs=1e-12)
             assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
             compared += 1
     assert compared == 12 * 5
@@ -164,6 +167,8 @@ def test_published_figures_stand_beside_their_arms(report: AggregateResult) -> N
         text = (report.folder / name).read_text()
         assert "no published row that prints all three agrees" in text
         assert "0.8974 or 0.7664" in text
+        assert "private T1 maps of the heart" in text
+        assert "Every repeat of ours is computed from stored per-image predictions and passes it" in text
 
 
 def visible_text(page: str) -> str:
@@ -391,25 +396,56 @@ def test_multi_class_studies_add_per_class_figures(tmp_path: Path) -> None:
     aggregate(tmp_path)
     rows = read_csv(tmp_path / "report" / "classes.csv")
     assert [row["class"] for row in rows] == ["'=nv", "mel|a", "<b>bcc</b>"] * 2
-    expected = []
-    for repeat in range(2):
-        parts = []
-        for path in sorted((tmp_path / "predictions" / "none").rglob(f"*repeat{repeat}.h5")):
-            with h5py.File(path) as file:
-                parts.append((file["label"][()], file["score"][()].argmax(1)))
-        label, predicted = (np.concatenate(values) for values in zip(*parts, strict=True))
-        expected.append(
-            (sk.precision_recall_fscore_support(label, predicted)[:3], sk.confusion_matrix(label, predicted))
-        )
+    parts = []
+    for path in sorted((tmp_path / "predictions" / "none").rglob("*.h5")):
+        with h5py.File(path) as file:
+            parts.append((file["label"][()], file["score"][()].argmax(1)))
+    label, predicted = (np.concatenate(values) for values in zip(*parts, strict=True))
+    expected, counts = sk.precision_recall_fscore_support(label, predicted), sk.confusion_matrix(label, predicted)
     for i, row in enumerate(rows[:3]):
         for j, name in enumerate(("precision", "recall", "f1")):
-            assert float(row[name]) == pytest.approx(np.mean([e[0][j][i] for e in expected]), abs=1e-12)
+            assert float(row[name]) == pytest.approx(expected[j][i], abs=1e-12)
         found = [float(row[f"predicted_{k}"]) for k in range(3)]
-        assert found == pytest.approx(np.mean([e[1][i] for e in expected], axis=0).tolist(), abs=1e-12)
+        assert found == pytest.approx((counts[i] / 2).tolist(), abs=1e-12)
     page = (tmp_path / "report" / "index.html").read_text()
     assert "&lt;b&gt;bcc&lt;/b&gt;" in page
     assert "<b>bcc" not in page
     assert "published row" not in page
+
+
+def test_a_class_called_once_rightly_has_no_precision_from_that_repeat_alone(tmp_path: Path) -> None:
+    """Of 8 images of class 2 one is called so, in repeat 0, and 3 of class 1 are, in repeat 1: precision 1 of 4."""
+    study = made.study(arms="none dae-gan:3", classes=("a", "b", "c"))
+    one = made.cohort(study, patients=(8, 8, 8), images=1)
+
+    def scores(task, rows):
+        called = np.zeros(len(rows), int)
+        called[rows == 16 if task.repeat == 0 else np.isin(rows, (8, 9, 10))] = 2
+        return np.eye(3)[called]
+
+    made.write(tmp_path, study, one, scores)
+    aggregate(tmp_path)
+    row = read_csv(tmp_path / "report" / "classes.csv")[2]
+    assert [float(row[name]) for name in ("precision", "recall", "f1")] == [0.25, 1 / 16, 0.1]
+
+
+def test_a_repeat_that_lacks_folds_weighs_as_much_as_it_tests(tmp_path: Path) -> None:
+    """Repeat 0 is whole and all right, of repeat 1 one fold is there and all wrong."""
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study)
+
+    def scores(task, rows):
+        return np.eye(2)[one.label[rows] if task.repeat == 0 else 1 - one.label[rows]]
+
+    made.write(tmp_path, study, one, scores, skip=lambda task: task.repeat == 1 and task.fold > 0)
+    evaluator = Evaluator(collect(tmp_path))
+    row = evaluator.row(("resnet50", "none", 0.0))
+    whole, part = len(one.ids), int(one.split[1, 0][2].sum())
+    assert row.figures["accuracy"].value == pytest.approx(whole / (whole + part), abs=1e-12)
+    # Each draw: right images of repeat 0 are all; those of repeat 1 are none, so the same share in every draw.
+    assert row.drawn["accuracy"][:5] == pytest.approx([whole / (whole + part)] * 5, abs=1e-12)
+    page = visible_text(aggregate(tmp_path).page.read_text())
+    assert "a repeat that lacks folds weighs as much as it tests" in page
 
 
 def test_names_cannot_move_the_cursor_of_a_terminal(tmp_path: Path) -> None:
