@@ -16,7 +16,7 @@ import numpy as np
 from cmrhpc.measure import metrics, statistics
 from cmrhpc.measure.metrics import METRICS
 from cmrhpc.report.collect import Cell, Key
-from cmrhpc.report.evaluate import Cells, Evaluator, Pooled, Row, per_patient, rests_on
+from cmrhpc.report.evaluate import Cells, Evaluator, PerPatient, Pooled, Row, per_patient, rests_on
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import arm_parts, cell_of
 
@@ -35,7 +35,7 @@ class Comparison:
     low: float
     high: float
     p_corrected_t: float
-    p_mcnemar: float  # balanced accuracy: patient-wise permutation; AUC: NaN, see p_delong
+    p_mcnemar: float  # of some metrics a permutation, see `_patient_test`; AUC: NaN, see p_delong
     p_delong: float
     p_holm: float  # NaN for the primary comparison, which stands alone
     primary: bool
@@ -145,8 +145,10 @@ def _compare(
     # Per patient: what McNemar and DeLong see.
     classes = evaluator.n_classes
     units_a, units_b = per_patient(a.values(), classes), per_patient(b.values(), classes)
-    right_a, right_b, label = units_a.right, units_b.right, units_a.label
-    delong = statistics.delong(label == 1, units_a.score[:, 1], units_b.score[:, 1]).p if classes == 2 else nan
+    label, one_class = units_a.label, len(np.unique(units_a.patient)) == len(units_a.patient)
+    delong = nan  # of a patient with images of two classes the cases are not independent
+    if classes == 2 and one_class:
+        delong = statistics.delong(label == 1, units_a.score[:, 1], units_b.score[:, 1]).p
     seed = derive_seed(evaluator.collection.study.seed, "permutation")
     n = rests_on(units_a, classes)
     found = []
@@ -155,7 +157,8 @@ def _compare(
         by_fold = [folds[0][k][metric] - folds[1][k][metric] for k in sorted(a)]
         test = statistics.corrected_t(by_fold, share)
         low, high = _wider(difference, test, pooled_a, pooled_b, metric, n[metric])
-        p, only_a, only_b = _patient_test(metric, right_a, right_b, label, classes, seed)
+        p, only_a, only_b = _patient_test(metric, units_a, units_b, classes, seed)
+        defined = bool(np.isfinite(difference))
         found.append(
             Comparison(
                 key,
@@ -164,9 +167,9 @@ def _compare(
                 difference,
                 low,
                 high,
-                test.p if np.isfinite(difference) else nan,
-                p,
-                delong if metric == "auc" else nan,
+                test.p if defined else nan,
+                p if defined else nan,
+                delong if defined and metric == "auc" else nan,
                 nan,
                 metric == declared,
                 len(a),
@@ -204,20 +207,26 @@ def _wider(
 
 
 def _patient_test(
-    metric: str, right_a: np.ndarray, right_b: np.ndarray, label: np.ndarray, n_classes: int, seed: int
+    metric: str, units_a: PerPatient, units_b: PerPatient, n_classes: int, seed: int
 ) -> tuple[float, int, int]:
-    """McNemar on the patients that a rate counts; a mean of rates has no 2 x 2 table and is permuted instead."""
-    binary = n_classes == 2
-    if metric == "accuracy":
-        return statistics.mcnemar(right_a, right_b)
+    """McNemar on the patients that a rate counts; a mean of rates has no 2 x 2 table and is permuted instead.
+
+    So is accuracy where a patient has images of two classes, and counts twice: all of a patient is swapped together.
+    """
+    right_a, right_b, label, binary = units_a.right, units_b.right, units_a.label, n_classes == 2
+    patients, owner = np.unique(units_a.patient, return_inverse=True)
+    weight = np.ones(len(label))
     if binary and metric in ("sensitivity", "specificity"):
         of_class = label == (1 if metric == "sensitivity" else 0)
         return statistics.mcnemar(right_a[of_class], right_b[of_class])
-    if metric == "balanced_accuracy" or (metric == "sensitivity" and not binary):
-        per_class = np.bincount(label, minlength=n_classes)
-        adds = (right_a.astype(float) - right_b) / (n_classes * per_class[label])
-        return statistics.permutation(adds, seed), int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
-    return float("nan"), 0, 0
+    if metric == "accuracy" and len(patients) == len(label):
+        return statistics.mcnemar(right_a, right_b)
+    if metric in ("balanced_accuracy", "sensitivity"):
+        weight = 1 / (n_classes * np.bincount(label, minlength=n_classes)[label])
+    elif metric != "accuracy":
+        return float("nan"), 0, 0
+    adds = np.bincount(owner, (right_a.astype(float) - right_b) * weight)
+    return statistics.permutation(adds, seed), int((adds > 0).sum()), int((adds < 0).sum())
 
 
 def best_ratios(evaluator: Evaluator, rows: dict[Key, Row]) -> list[BestRatio]:

@@ -38,7 +38,8 @@ COMPARISONS = (
     "are not among them), which decides. It tests the mean of the folds' own differences (comparison_details.csv): "
     "folds without one of the classes have no part in it, and an AUC ranks the images of one fold only. Where interval "
     "and p say different things, the reading says that they disagree. McNemar: one prediction per patient, exact, for "
-    "these trained models only (balanced accuracy: patient-wise permutation; AUC: DeLong on patients). "
+    "these trained models only (balanced accuracy: patient-wise permutation; AUC: DeLong on patients; where one has "
+    "images of two classes accuracy is permuted too, and there is no DeLong). "
 )
 
 

@@ -200,6 +200,45 @@ def test_one_primary_and_holm_over_the_others_of_a_classifier_and_metric(tmp_pat
             assert all(math.isfinite(c.p_mcnemar) == (metric != "auc") for c in family)
 
 
+def test_a_patient_with_images_of_both_classes_is_one_patient_in_every_test(tmp_path: Path) -> None:
+    """24 patients with one image of each class; only the arm dae-gan reads both images of 6 of them rightly.
+
+    The swap of a patient moves both images: of 2^6 swaps 2 are as far from 0 as what was found, not 2 of 2^12.
+    """
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study, patients=(12, 12), images=1)
+    one.patient, one.label = np.repeat(one.patient, 2), np.tile([0, 1], 24)
+    one.split = {place: tuple(np.repeat(mask, 2) for mask in masks) for place, masks in one.split.items()}
+    one.ids = np.array([f"r{i + 1:06d}" for i in range(48)])
+    made.write(
+        tmp_path,
+        study,
+        one,
+        lambda task, rows: np.eye(2)[
+            np.where((rows < 12) & (task.arm == "none"), 1 - one.label[rows], one.label[rows])
+        ],
+    )
+    found = {c.metric: c for c in evaluate(collect(tmp_path)).comparisons}
+    for metric, p in (("accuracy", 2 / 2**6), ("balanced_accuracy", 2 / 2**6), ("sensitivity", 2 / 2**6)):
+        assert found[metric].p_mcnemar == pytest.approx(p, abs=1e-12)
+        assert (found[metric].only_arm_right, found[metric].only_versus_right) == (6, 0)
+        assert found[metric].n_patients == 24
+    assert math.isnan(found["auc"].p_delong)
+    assert math.isfinite(found["auc"].difference)
+
+
+def test_a_difference_that_is_undefined_has_no_p(tmp_path: Path) -> None:
+    """All patients diseased: balanced accuracy is undefined, though patients differ."""
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study, patients=(0, 24))
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {"none": 0.1, "dae-gan": 2.0}))
+    found = {c.metric: c for c in evaluate(collect(tmp_path)).comparisons}
+    assert 0 < found["accuracy"].p_mcnemar < 1
+    undefined = found["balanced_accuracy"]
+    assert math.isnan(undefined.difference)
+    assert all(math.isnan(p) for p in (undefined.p_corrected_t, undefined.p_mcnemar, undefined.p_delong))
+
+
 def test_a_primary_that_was_not_computed_has_no_answer(tmp_path: Path) -> None:
     study = made.study()
     one = made.cohort(study)
