@@ -290,7 +290,7 @@ def _check_study(study: Study, where: str) -> Study:
         raise wrong("no classifier", "[classifiers]", "add [classifiers.resnet50]")
     if not study.arms:
         raise wrong("no arm", "[[arms]]", "add at least the arm none")
-    cells: set[tuple[str, float]] = set()
+    cells: dict[tuple[str, str], tuple[str, float]] = {}  # by what the path of a cell tells of it
     for number, arm in enumerate(study.arms, 1):
         key = element("arms", number, arm.name)
         parts = arm_parts(arm.name, study, f"{where} {key}")
@@ -305,10 +305,13 @@ def _check_study(study: Study, where: str) -> Study:
                 raise wrong(f'ratio {ratio:g} of "{arm.name}" is above max_ratio {limit:g}', key, mend)
             if not parts.generator and not parts.repeat_real and ratio:
                 raise wrong(f'arm "{arm.name}" takes no ratio', key, "remove its ratios")
-            cells.add(cell_of(arm.name, ratio, parts))
+            cell = cell_of(arm.name, ratio, parts)
+            if cells.setdefault((cell[0], f"{cell[1]:g}"), cell) != cell:
+                what = f'two ratios of "{arm.name}" are {ratio:g} to six digits, the path of their shards'
+                raise wrong(what, key, "keep one of them")
     for name, ratio in ((study.primary.arm, study.primary.ratio), (study.primary.versus, 0.0)):
         parts = arm_parts(name, study, f"{where} [primary]")
-        if cell_of(name, ratio, parts) not in cells:
+        if cell_of(name, ratio, parts) not in cells.values():
             raise wrong(
                 f'the primary comparison names "{name}" at ratio {ratio:g}, which is no arm of the study',
                 "[primary]",

@@ -36,6 +36,12 @@ def test_resolved_study_survives_json(study_text: str) -> None:
         ('name = "affine"', "name = 2", ["a text in quotes", "[[arms]] number 2 name"]),
         ('name = "affine"', "", ['"name" is missing', "[[arms]] number 2"]),
         ("ratios = [1, 2]", "ratios = [1, 1]", ["different ratios"]),
+        ("ratios = [1, 2]", "ratios = [1, 2, 1.0000001]", ['two ratios of "dae-gan" are 1 to six digits']),
+        (
+            "ratios = [1, 2]",
+            'ratios = [1, 2]\n[[arms]]\nname = "dae-gan"\nratios = [1.9999999]',
+            ["are 2 to six digits"],
+        ),
         ('classes = ["0", "1"]', 'classes = ["0", "0"]', ["different classes"]),
         ("\nratio = 2\n", "\nratio = 3\n", ["primary", "no arm of the study"]),
         ("[generators.dae-gan]", "[generators.gaedan]", ["gaedan"]),
