@@ -7,6 +7,7 @@ which seed it has are decided here and nowhere else; a shard is valid while all 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,11 @@ def tasks(study: Study, stage: str) -> list[Task]:
                 for name in study.classifiers:
                     made.append(Task(stage, repeat, fold, arm=arm, ratio=ratio, classifier=name))
     return made
+
+
+def images_wanted(ratio: float, n_real: int) -> int:
+    """How many images a ratio asks for: the product, rounded up. 1.1 x 50 are 55, though as floats a hair more."""
+    return math.ceil(ratio * n_real - 1e-9)
 
 
 def inputs(study: Study, task: Task) -> list[str]:

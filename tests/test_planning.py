@@ -212,3 +212,11 @@ def test_ranges_with_an_offset_hold_every_task_once_and_no_high_index() -> None:
     assert offset_ranges([0, 1, 7, 8, 9], 4) == ["0-1 0", "3 4", "0-1 8"]
     assert offset_ranges(list(range(1050)), 1001) == ["0-1000 0", "0-48 1001"]
     assert offset_ranges([], 4) == []
+
+
+def test_a_ratio_asks_for_the_product_rounded_up_and_for_no_image_more() -> None:
+    for tenths in range(1001):
+        for n_real in (1, 7, 50, 221, 1000):
+            exact = -(-tenths * n_real // 10)
+            assert planning.images_wanted(tenths / 10, n_real) == exact
+    assert planning.images_wanted(1 / 3, 10) == 4

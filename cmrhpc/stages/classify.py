@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from cmrhpc import shards
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.errors import BadInput
-from cmrhpc.planning import COHORT, FOLDS, WEIGHTS
+from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, images_wanted
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
@@ -44,7 +43,7 @@ def training_set(context: Context) -> TrainingSet:
     made = {p: s for p, s in context.inputs.items() if p not in (COHORT, FOLDS)}
     for label in range(len(study.classes)):
         own = np.flatnonzero(real.labels == label)
-        count = math.ceil(task.ratio * len(own))
+        count = images_wanted(task.ratio, len(own))
         if not count or not (parts.generator or parts.repeat_real):
             continue
         if parts.repeat_real:

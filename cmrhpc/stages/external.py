@@ -44,9 +44,9 @@ def take_in(context: Context) -> None:
         mend = "train for each fold and repeat on its training images alone: `cmrhpc export --by-fold` writes them"
         raise BadInput(what, place.where(DECLARATION), mend, str(root))
     own = int((real.labels == task.label).sum())
-    names = place.images[: math.ceil(study.generators[task.generator].max_ratio * own)]
+    names = place.images[: planning.images_wanted(study.generators[task.generator].max_ratio, own)]
     highest = max(ratio for _, ratio, parts in planning.cells(study) if parts.generator == task.generator)
-    if len(names) < (needed := math.ceil(highest * own)):
+    if len(names) < (needed := planning.images_wanted(highest, own)):
         what = f"{len(names)} images, but ratio {highest:g} needs {needed}"
         raise BadInput(what, place.name, "make more images, or ask for lower ratios", str(root))
     images = _read(context, place, names, real.images.shape[1:])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
-from cmrhpc.planning import COHORT, FOLDS
+from cmrhpc.planning import COHORT, FOLDS, images_wanted
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
@@ -40,7 +38,7 @@ def synthesize(context: Context) -> None:
     )
     images, labels = [], []
     for label in range(len(study.classes)) if task.label is None else [task.label]:
-        count = math.ceil(settings.max_ratio * int((real.labels == label).sum()))
+        count = images_wanted(settings.max_ratio, int((real.labels == label).sum()))
         seed = derive_seed(context.seed, "sample", label)
         images.append(trained.sample(count, seed, label if settings.conditional else None).numpy())
         labels.append(np.full(count, label, np.int64))
