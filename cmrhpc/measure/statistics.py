@@ -47,8 +47,8 @@ def blind(low: float, high: float) -> bool:
     return abs(high - low) < 1e-12
 
 
-def exact_limits(right: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share of n patients, for where all or none are right and a bootstrap is blind."""
+def exact_limits(right: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share of n patients, of whom a mean over images or repeats has `right` right."""
     from scipy import stats
 
     if n < 1:

@@ -161,24 +161,21 @@ class Evaluator:
         return found | {"auc": metrics.class_auc(label, score, patient, self.weights)}
 
     def limits(self, pooled: Pooled, patients: PerPatient) -> dict[str, tuple[float, float]]:
-        """95 % interval of each metric: bootstrap, and where that sees too little the wider of it and an exact one.
+        """95 % interval of each metric: bootstrap, for the rates of a binary study the wider of it and an exact one.
 
-        A rate of a binary study less than one patient away from 0 or 1 rests on next to no spread, and at 0 or 1 on
-        none: there the exact limits over patients count too. Balanced accuracy then takes those of its two rates,
-        which are of different patients, by squares and sums (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
+        Near 0 or 1 a bootstrap of a rate rests on few patients and is too narrow (of 77, each right with chance 0.95,
+        it covers 0.89), so the exact limits over patients count too. Balanced accuracy takes those of its two rates,
+        of different patients, by squares and sums (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
         """
         n, value = rests_on(patients, self.n_classes), pooled.values
         limits: dict[str, tuple[float, float]] = {}
-        near = False
+        binary = self.n_classes == 2
         for name in METRICS:
             low, high = statistics.interval(pooled.drawn.get(name, np.full(1, np.nan)), n[name])
             exact = (float("nan"), float("nan"))
-            if self.n_classes == 2 and name in COUNTED and np.isfinite(value[name]):
-                right = value[name] * n[name]
-                if min(right, n[name] - right) < 1 - 1e-9:
-                    exact = statistics.exact_limits(round(right), n[name])
-                    near = near or name != "accuracy"
-            elif name == "balanced_accuracy" and near:
+            if binary and name in COUNTED and np.isfinite(value[name]):
+                exact = statistics.exact_limits(round(value[name] * n[name], 9), n[name])
+            elif binary and name == "balanced_accuracy":
                 exact = _of_two(*((value[rate], *limits[rate]) for rate in ("sensitivity", "specificity")))
             low, high = (float("nan"),) * 2 if statistics.blind(low, high) else (low, high)
             limits[name] = float(np.fmin(low, exact[0])), float(np.fmax(high, exact[1]))

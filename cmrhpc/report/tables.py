@@ -27,9 +27,10 @@ from cmrhpc.report.result import (
 
 INTERVALS = (
     "Intervals: 95 %, patients resampled with all their images (bootstrap, expanded percentiles). They cover which "
-    "patients were drawn, not how training would go another time. A rate less than one patient from 0 or 100 %, and a "
-    "balanced accuracy made of such rates, has the wider of this and exact limits over patients (Clopper-Pearson); "
-    "an AUC close to 1 has no such guard, and on few patients its interval is too narrow there."
+    "patients were drawn, not how training would go another time. With two classes accuracy, sensitivity and "
+    "specificity have the wider of this and exact limits over patients (Clopper-Pearson), and balanced accuracy the "
+    "wider of this and those of its two rates; an AUC close to 1 has no such guard, and on few patients its interval "
+    "is too narrow there."
 )
 COMPARISONS = (
     "Differences in percentage points (AUC: hundredths) of the pooled values, on the folds that both have. Interval: "

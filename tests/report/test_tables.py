@@ -9,17 +9,21 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import betainc
 from sklearn import metrics as sk
 
 from cmrhpc.csvtext import csv_cell
+from cmrhpc.measure import statistics
 from cmrhpc.report import tables
 from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
-from cmrhpc.report.evaluate import Evaluator
+from cmrhpc.report.evaluate import Evaluator, PerPatient, Pooled
 from cmrhpc.report.published import FIGURES
 from cmrhpc.report.result import evaluate, figure_text
 from tests.report import made
@@ -344,13 +348,35 @@ def test_a_rate_next_to_0_or_1_has_no_narrower_interval_than_one_that_is_there(t
     limits = {row.key[1]: {m: (f.low, f.high) for m, f in row.figures.items()} for row in (none, gan)}
     assert none.figures["specificity"].value == 0
     assert gan.figures["specificity"].value == pytest.approx(1 / 120)
-    exact = (0.0, pytest.approx(1 - 0.025 ** (1 / 6), abs=1e-12))
-    assert limits["none"]["specificity"] == limits["dae-gan"]["specificity"] == exact
+    assert limits["none"]["specificity"] == (0.0, pytest.approx(1 - 0.025 ** (1 / 6), abs=1e-12))
+    # 0.05 of 6 patients: the tails of Clopper-Pearson between whole numbers.
+    low, high = limits["dae-gan"]["specificity"]
+    assert high > limits["none"]["specificity"][1]
+    assert betainc(0.05 + 1, 6 - 0.05, high) == pytest.approx(0.975, abs=1e-9)
+    assert 0 <= low < 1e-12
     # Balanced accuracy: the mean of two rates of different patients, each with its own limits.
     expected = (0.5 - (1 - 0.025 ** (1 / 24)) / 2, 0.5 + (1 - 0.025 ** (1 / 6)) / 2)
     assert limits["none"]["balanced_accuracy"] == pytest.approx(expected, abs=1e-12)
     assert limits["dae-gan"]["balanced_accuracy"][1] > 0.72
-    assert figure_text("specificity", gan.figures["specificity"]) == "0.8 (0.0–45.9)"
+    assert figure_text("specificity", gan.figures["specificity"]) == "0.8 (0.0–47.0)"
+
+
+def test_the_interval_of_a_rate_covers_close_to_1_where_a_bootstrap_does_not() -> None:
+    """77 patients of one image, each read rightly with chance 0.95: coverage, summed over all counts."""
+    n, p, covered, bootstrap = 77, 0.95, 0.0, 0.0
+    label = np.r_[np.ones(n, int), np.zeros(n, int)]
+    patients = PerPatient(np.arange(2 * n), label, np.zeros((2 * n, 2)), np.ones(2 * n), np.ones(2 * n))
+    for right in range(n + 1):
+        drawn = np.random.default_rng(right).binomial(n, right / n, 2000) / n
+        values = dict.fromkeys(METRICS, math.nan) | {"sensitivity": right / n}
+        pooled = Pooled(values, {"sensitivity": drawn}, [])
+        low, high = Evaluator.limits(SimpleNamespace(n_classes=2), pooled, patients)["sensitivity"]
+        chance = stats.binom.pmf(right, n, p)
+        covered += chance * (low <= p <= high)
+        alone = statistics.interval(drawn, n)
+        bootstrap += chance * (alone[0] <= p <= alone[1])
+    assert bootstrap < 0.93
+    assert covered >= 0.95
 
 
 def test_equal_scores_count_as_the_negative_class(tmp_path: Path) -> None:
