@@ -26,13 +26,14 @@ from cmrhpc.data.folds import check_counts
 from cmrhpc.data.hints import class_counts, class_slips, counted, ignored_columns
 from cmrhpc.data.images import RawImage, Reader, grey
 from cmrhpc.data.sheet import Sheet
-from cmrhpc.data.table import Row, read_heading, read_table
+from cmrhpc.data.table import Row, normalised_apart, read_heading, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.study import Data, Folds
 
 SPOOL_MEMORY = 2**26  # bytes held in memory before the spool goes to disk
 BLOCK = 64  # images
 SHOWN_WARNINGS = 10
+KINDS = ("window", "percentile")  # of normalisation
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Summary:
     patients: dict[str, int] = field(default_factory=dict)
     spacing_mm: tuple[float, float] = (math.nan, math.nan)  # smallest and largest of the sources
     normalised: dict[str, int] = field(default_factory=dict)  # images per kind: window, percentile
+    normalised_classes: dict[str, dict[str, int]] = field(default_factory=dict)  # the same per class name
     clipped: float = 0.0  # mean share of the region's pixels below or above the window
     table: list[str] = field(default_factory=list)  # what in the table looks like a slip, and ignored columns
     notes: list[str] = field(default_factory=list)
@@ -162,7 +164,11 @@ def ingest(
                     "classes": list(classes),
                     "spacing_mm": data.spacing_mm,
                     "roi": data.roi,
-                    "normalise": {"images": summary.normalised, "clipped": round(summary.clipped, 6)},
+                    "normalise": {
+                        "images": summary.normalised,
+                        "classes": summary.normalised_classes,
+                        "clipped": round(summary.clipped, 6),
+                    },
                 },
                 companions={".csv": report.text().encode(), ".png": sheet.png()},
                 info=info,
@@ -362,11 +368,15 @@ def _summarise(
         summary.patients[name] = len({patients[i] for i in own})
     if np.isfinite(spacings).any():
         summary.spacing_mm = float(np.nanmin(spacings)), float(np.nanmax(spacings))
-    summary.normalised = dict(report.normalised)
+    summary.normalised = {how: sum(kinds[how] for kinds in report.normalised.values()) for how in KINDS}
+    summary.normalised_classes = {name: report.normalised[name] for name in classes if name in report.normalised}
     summary.clipped = report.clipped / len(labels)
     if coloured:
         summary.notes.append(f"{coloured} images are in colour and became grey (channels = 1): luminance of BT.601")
-    if all(summary.normalised.values()):
+    if apart := normalised_apart(summary.normalised_classes):
+        mend = 'give every row a window or none, or set normalise = "percentile" in study.toml [data]'
+        summary.warnings.insert(0, f"{apart}; {mend}")
+    elif all(summary.normalised.values()):
         summary.notes.append("some images were normalised by window, some by percentile: their values do not compare")
 
 
@@ -402,13 +412,13 @@ class _Report:
 
     def __init__(self) -> None:
         self.cells: list[dict[str, Any]] = []
-        self.normalised = {"window": 0, "percentile": 0}
+        self.normalised: dict[str, dict[str, int]] = {}  # class -> images per kind
         self.clipped = 0.0
 
     def add(self, row: Row, patient: str, cut: Cut) -> None:
         cells: dict[str, Any] = {"row": row.number, "id": row.id, "patient": patient, "label": row.label}
         self.cells.append(cells | cut.report | {"warning": "; ".join(cut.warnings)})
-        self.normalised[cut.report["normalised_by"]] += 1
+        self.normalised.setdefault(row.label, dict.fromkeys(KINDS, 0))[cut.report["normalised_by"]] += 1
         self.clipped += cut.report["clipped_low"] + cut.report["clipped_high"]
 
     def text(self) -> str:

@@ -110,6 +110,17 @@ def read_heading(raw: Path, table: str = "cohort.csv") -> list[str]:
         return [name.strip() for name in next(csv.reader(stream, strict=True), [])]
 
 
+def normalised_apart(kinds: Mapping[str, Mapping[str, int]]) -> str:
+    """Class -> images per kind of normalisation: in words, where the shares differ between classes; else empty."""
+    shares = {tuple(n / (sum(one.values()) or 1) for n in one.values()) for one in kinds.values()}
+    if len(shares) < 2:
+        return ""
+    told = [
+        f"{shown(name)}: {', '.join(f'{n} by {how}' for how, n in counts.items())}" for name, counts in kinds.items()
+    ]
+    return f"the classes were normalised differently ({'; '.join(told)}): a classifier can tell the class by it"
+
+
 def label_order(label: str) -> tuple[int, int, str]:
     """Sorting by it puts whole numbers first, by value, and other texts by alphabet."""
     whole = label.isascii() and label.lstrip("-").isdigit() and len(label) < 19

@@ -41,6 +41,15 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Normalised:
+    """How the cohort says that its images came to [-1, 1] (METHODS M1)."""
+
+    images: dict[str, int]  # per kind: window, percentile
+    clipped: float  # mean share of the pixels
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)  # images per kind; untold by older cohorts
+
+
+@dataclass(frozen=True)
 class Cell:
     """One classify task whose shard was accepted."""
 
@@ -74,6 +83,7 @@ class Collection:
     unchecked_ids: int  # training ids whose patient no shard tells
     made_checked: int = 0  # synthetic and refined shards behind the predictions whose training ids were compared
     made_unchecked: int = 0  # those that are not at hand or cannot be read
+    normalised: Normalised | None = None  # where the cohort is at hand and tells it
     primaries: Counter[Primary | None] = field(default_factory=Counter)  # carried by the predictions; None: untold
 
     @property
@@ -328,6 +338,7 @@ def collect(folder: Path) -> Collection:
         unchecked,
         len(made),
         made_unchecked,
+        _normalised(asked.header(COHORT)),
         _primaries(accepted),
     )
 
@@ -362,6 +373,13 @@ def _made_from(
         if made_from.dtype.kind == "S" and made_from.ndim == 1:
             found[path] = {"id": by_fold[task.repeat, task.fold], "made_from_id": pool.keep(made_from)}
     return found, len(behind) - len(found)
+
+
+def _normalised(cohort: Shard | None) -> Normalised | None:
+    try:
+        return build(Normalised, cohort.attributes["normalise"], COHORT, "normalise") if cohort else None
+    except (KeyError, CmrhpcError):
+        return None
 
 
 def _primaries(accepted: dict[str, _Found]) -> Counter[Primary | None]:

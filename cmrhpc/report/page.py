@@ -225,6 +225,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("devices, arithmetic", f"{told('device')}; {told('arithmetic')}"),
         ("training time", _hours(spent)),
         *_external(result),
+        *_normalised(result),
         ("code of the tasks", told("code_version")),
         ("container", told("container_sha256")),
         *inputs.items(),
@@ -237,6 +238,14 @@ def _external(result: Result) -> list[tuple[str, str]]:
     names = [name for name, generator in result.collection.study.generators.items() if generator.external]
     told = "images made elsewhere; the real images that they were made from are as declared, which no program can prove"
     return [("external generators", f"{', '.join(names)}: {told}")] if names else []
+
+
+def _normalised(result: Result) -> list[tuple[str, str]]:
+    """How the images came to [-1, 1], where the cohort is at hand (METHODS M1)."""
+    if not (told := result.collection.normalised):
+        return []
+    how = ", ".join(f"{n} by {kind}" for kind, n in told.images.items() if n)
+    return [("images normalised", f"{how}; {100 * told.clipped:.2f} % of the pixels clipped")]
 
 
 def _hours(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from cmrhpc.data.table import normalised_apart
 from cmrhpc.report.collect import Collection, Key
 from cmrhpc.report.compare import BestRatio, Comparison, best_ratios, compare_all, primary_key
 from cmrhpc.report.evaluate import Evaluator, Figure, Row
@@ -209,6 +210,8 @@ def warnings_of(collection: Collection) -> list[str]:
             'Leaking by design: this study splits images, not patients (group_by = "image", as the papers did). Images '
             "of one patient are near copies, so every figure here is too good; it is no accuracy on new patients."
         )
+    if collection.normalised and (apart := normalised_apart(collection.normalised.classes)):
+        found.append(f"Normalisation: {apart}, so every figure here may rest on that and not on the images.")
     if collection.leaks:
         found.append("Leak: test patients or test images were found in training; see Missing cells and leaks.")
     total = sum(collection.primaries.values())

@@ -184,6 +184,29 @@ def test_a_window_keeps_milliseconds_and_counts_what_it_clips(tmp_path: Path) ->
     assert summary.normalised == {"window": 0, "percentile": 2}
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_normalisation_that_tells_the_class_is_warned_of(tmp_path: Path, apart: bool) -> None:
+    """A window in the rows of class 1 alone, or in one row of each class: then the kind tells nothing."""
+    rows = make_raw(tmp_path / "raw", 4, 1)
+    with_window = (1, 3) if apart else (0, 1)
+    ends = [("900", "1500") if i in with_window else ("", "") for i in range(4)]
+    table = [
+        row | dict(zip(("window_low", "window_high"), pair, strict=True)) for row, pair in zip(rows, ends, strict=True)
+    ]
+    write_table(tmp_path / "raw", table)
+    shard, summary = run(tmp_path)
+    counts = (
+        [{"window": 0, "percentile": 2}, {"window": 2, "percentile": 0}]
+        if apart
+        else [{"window": 1, "percentile": 1}] * 2
+    )
+    assert shard.attributes["normalise"]["classes"] == dict(zip(CLASSES, counts, strict=True))
+    assert summary.normalised == {"window": 2, "percentile": 2}
+    told = '0 by window, 2 by percentile; "1": 2 by window, 0 by percentile): a classifier can tell the class by it'
+    assert [told in warning for warning in summary.warnings] == [True] * apart
+    assert any("their values do not compare" in note for note in summary.notes) == (not apart)
+
+
 def test_mask_travels_with_its_image(tmp_path: Path) -> None:
     make_raw(tmp_path / "raw", 2, 1)
     shard, _ = run(tmp_path)

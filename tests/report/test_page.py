@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmrhpc import shards
 from cmrhpc.report.aggregate import aggregate, terminal_table
 from tests.report import made
 from tests.report.test_tables import visible_text
@@ -161,6 +162,29 @@ def test_a_split_by_image_of_one_image_per_patient_leaks_nothing(tmp_path: Path)
     one = made.cohort(study, images=1)
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
     assert "Leaking" not in aggregate(tmp_path).page.read_text()
+
+
+def test_the_page_tells_how_images_were_normalised_and_when_that_tells_the_class(tmp_path: Path) -> None:
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study)
+    kinds = {"normal": {"window": 0, "percentile": 9}, "disease": {"window": 15, "percentile": 0}}
+    for root, classes in ((tmp_path / "apart", kinds), (tmp_path / "alike", {"normal": kinds["normal"]})):
+        content = shards.write_shard(
+            root / "cohort.h5",
+            {"id": shards.text_array(one.ids.tolist())},
+            schema="cohort-1",
+            task={"stage": "ingest"},
+            settings={},
+            inputs={},
+            seed=0,
+            attributes={
+                "normalise": {"images": {"window": 15, "percentile": 9}, "clipped": 0.0123, "classes": classes}
+            },
+        )
+        made.write(root, study, one, made.noisy_scores(one.label, 2, {}), inputs={"cohort.h5": content})
+        text = visible_text(aggregate(root).page.read_text())
+        assert "images normalised 9 by percentile, 15 by window; 1.23 % of the pixels clipped" in text
+        assert ("a classifier can tell the class by it, so every figure" in text) == (root.name == "apart")
 
 
 def test_the_same_predictions_give_the_same_bytes(tmp_path: Path, folder: Path) -> None:
