@@ -169,7 +169,7 @@ def ratio_curve(result: Result, metric: str) -> bytes | None:
 
 
 def fold_dots(result: Result, metric: str) -> bytes | None:
-    """A metric in every fold and repeat that defines it: how far one split moves the figure."""
+    """A metric in every fold and repeat that defines it: how far split and seeds move the figure."""
     groups = list(_by_classifier(result))
     if not groups:
         return None
@@ -193,8 +193,11 @@ def fold_dots(result: Result, metric: str) -> bytes | None:
     return png(figure)
 
 
-def shown_arms(result: Result, classifier: str) -> list[tuple[Key, Row]]:
-    """One row per arm for crowded figures: the primary ratio where there is one, else the ratio nearest to it."""
+def shown_arms(result: Result, classifier: str) -> tuple[list[tuple[Key, Row]], str]:
+    """One row per arm for crowded figures: the primary ratio where there is one, else the ratio nearest to it.
+
+    And the title of the panel, which says when there are more arms than it shows.
+    """
     wanted = result.collection.study.primary.ratio or 3.0
     arms: dict[str, tuple[Key, Row]] = {}
     for key, row in result.rows.items():
@@ -203,7 +206,8 @@ def shown_arms(result: Result, classifier: str) -> list[tuple[Key, Row]]:
             if best is None or abs(key[2] - wanted) < abs(best[0][2] - wanted):
                 arms[key[1]] = (key, row)
     first = ("none", "affine", result.collection.study.primary.arm)
-    return sorted(arms.values(), key=lambda found: found[0][1] not in first)[:_MAX_LINES]
+    shown = sorted(arms.values(), key=lambda found: found[0][1] not in first)[:_MAX_LINES]
+    return shown, plain(classifier) + (f": {len(shown)} of {len(arms)} arms" if len(shown) < len(arms) else "")
 
 
 def roc(result: Result) -> bytes | None:
@@ -214,7 +218,8 @@ def roc(result: Result) -> bytes | None:
     figure, axes = _panels(len(groups), 4.6, 4.3)
     tone, grid = colours(result), np.linspace(0, 1, 201)
     for ax, name in zip(axes, groups, strict=True):
-        for key, row in shown_arms(result, name):
+        shown, title = shown_arms(result, name)
+        for key, row in shown:
             cells, curves = result.collection.cells[key], []
             for repeat in sorted({r for r, _ in cells}):
                 here = [cell for (r, _), cell in cells.items() if r == repeat]
@@ -230,7 +235,7 @@ def roc(result: Result) -> bytes | None:
         ax.set_xlabel("100 - specificity %", fontsize=8)
         ax.set_ylabel("sensitivity %", fontsize=8)
         ax.set_aspect("equal")
-        ax.set_title(plain(name), fontsize=10, loc="left")
+        ax.set_title(title, fontsize=10, loc="left")
         ax.tick_params(labelsize=8)
         if len(ax.lines) > 1:
             ax.legend(fontsize=7, frameon=False, loc="lower right", title="arm (AUC)", title_fontsize=7)
@@ -245,7 +250,8 @@ def classifier_training(result: Result) -> bytes | None:
     figure, axes = _panels(len(groups), 6.4, 3.0)
     tone, drawn = colours(result), False
     for ax, name in zip(axes, groups, strict=True):
-        for key, row in shown_arms(result, name):
+        shown, title = shown_arms(result, name)
+        for key, row in shown:
             cells = list(result.collection.cells[key].values())
             cells = [c for c in cells if "history_step" in c.shard and "history_validation_loss" in c.shard]
             histories = [(c.shard["history_step"], c.shard["history_validation_loss"]) for c in cells]
@@ -262,7 +268,7 @@ def classifier_training(result: Result) -> bytes | None:
             drawn = True
         ax.set_xlabel("step", fontsize=8)
         ax.set_ylabel("validation loss", fontsize=8)
-        ax.set_title(plain(name), fontsize=10, loc="left")
+        ax.set_title(title, fontsize=10, loc="left")
         ax.tick_params(labelsize=8)
         if ax.lines:
             ax.legend(fontsize=7, frameon=False, ncols=2)

@@ -15,7 +15,7 @@ from cmrhpc.planning import COHORT, FOLDS, WEIGHTS
 from cmrhpc.report import tables
 from cmrhpc.report.gallery import MAX_IMAGES, Gallery
 from cmrhpc.report.published import WARNING, published
-from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, leaks_in_words, percent
+from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, leaks_in_words, percent, split_units
 
 TEMPLATE = "page.html.j2"
 MAX_LISTED = 200  # missing cells, leaks and notes; the CSV files have all
@@ -29,11 +29,11 @@ FIGURES = {
     "ratio_curve": (
         "{Metric} over the ratio",
         "{Metric} over the ratio of synthetic to real images. Ratio 0 is real images alone; dashed lines have affine "
-        "on top. A maximum picked from this curve is picked on test patients: Best ratio below is not.",
+        "on top. A maximum picked from this curve is picked on test images: Best ratio below is not.",
     ),
     "folds": (
         "Fold by fold: {metric}",
-        "Every dot is one fold of one repeat: how far the figure moves with the split alone.",
+        "Every dot is one fold of one repeat: how far the figure moves with split and seeds.",
     ),
     "roc": ("ROC curves", "ROC over images, pooled over folds, mean over repeats. In brackets the AUC."),
     "classifier_training": (
@@ -89,6 +89,7 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         study=study,
         collection=collection,
         groups=_groups(result),
+        units=split_units(study),
         published_warning=WARNING if any(published(k, len(study.classes)) for k in result.rows) else "",
         figures=[_figure(name, data) for name, data in drawn.items()],
         intervals=tables.INTERVALS,
@@ -106,7 +107,7 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         classes=_classes(result),
         strips=_strips(result, gallery),
         distances=_distances(result, gallery),
-        distance_note=_distance_note(gallery),
+        distance_note=_distance_note(gallery, by_patient=study.folds.group_by == "patient"),
         curves=[_picture(data, title, "", 1 / 1.3) for title, data in gallery.curves.values()],
         gallery=gallery,
         missing=_shortened(collection.missing),
@@ -182,11 +183,12 @@ def _distances(result: Result, gallery: Gallery) -> list[list[str]]:
     return lines if len(lines) > 1 else []
 
 
-def _distance_note(gallery: Gallery) -> str:
+def _distance_note(gallery: Gallery, by_patient: bool) -> str:
+    whose = "which belong to other patients" if by_patient else "some of which may be of the same patients"
     return (
         f"Unbiased kernel distance (cubic kernel, features of a {FEATURES}) to the held-out real images of the class "
         f"and fold, at most {MAX_IMAGES} images a side, repeat 0. Smaller is nearer. Floor: real training images to "
-        "the same held-out images, which belong to other patients. Values near zero may be negative; they do not "
+        f"the same held-out images, {whose}. Values near zero may be negative; they do not "
         "compare with published KID."
     )
 
@@ -223,7 +225,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("predictions", f"{count(len(cells), 'shard')} of {result.n_expected}, written {written[0]} to {written[-1]}"),
         ("compute", f"{study.compute.mode} mode, {count(study.compute.threads, 'thread')} per task"),
         ("devices, arithmetic", f"{told('device')}; {told('arithmetic')}"),
-        ("training time", _hours(spent)),
+        ("time of the classifier tasks, last run of each", _hours(spent)),
         *_external(result),
         *_normalised(result),
         ("code of the tasks", told("code_version")),
@@ -249,7 +251,6 @@ def _normalised(result: Result) -> list[tuple[str, str]]:
 
 
 def _hours(seconds: float) -> str:
-    """Time of all classifier tasks together."""
     if seconds <= 0:
         return NONE
     return f"{seconds / 3600:.1f} task hours" if seconds >= 3600 else f"{seconds / 60:.1f} task minutes"

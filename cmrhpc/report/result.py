@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from cmrhpc.data.table import normalised_apart
 from cmrhpc.report.collect import Collection, Key
-from cmrhpc.report.compare import BestRatio, Comparison, best_ratios, compare_all, primary_key
+from cmrhpc.report.compare import LEVEL, BestRatio, Comparison, best_ratios, compare_all, primary_key
 from cmrhpc.report.evaluate import Evaluator, Figure, Row
-from cmrhpc.study import Primary, arm_parts
+from cmrhpc.study import Primary, Study, arm_parts
 
 NONE = "–"  # a number that is missing or undefined
 METRIC_NAMES = {
@@ -100,10 +100,22 @@ def points(value: float, sign: bool = False) -> str:
     return "0.0" if text in ("-0.0", "+0.0") else text
 
 
+def limit_text(value: float) -> str:
+    """A limit of a difference in percentage points; one that is not 0 is not written as 0."""
+    digits = 1
+    while abs(value) > 0 and math.isfinite(value) and float(f"{100 * value:.{digits}f}") == 0:
+        digits += 1
+    return points(value) if digits == 1 else f"{100 * value:.{digits}f}"
+
+
 def p_text(p: float) -> str:
+    """Three decimals, and more where they would round a p below the level up to it."""
     if not math.isfinite(p):
         return NONE
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    digits = 3
+    while p < LEVEL <= float(f"{p:.{digits}f}"):
+        digits += 1
+    return "<0.001" if p < 0.001 else f"{p:.{digits}f}"
 
 
 def arm_text(arm: str, ratio: float) -> str:
@@ -118,6 +130,11 @@ def count(n: int, word: str, words: str = "") -> str:
 def cells_text(n: int, left_out: int) -> str:
     """`9 cells`, or `5 of 9 cells` when some of the plan are left out."""
     return f"{n} of {count(n + left_out, 'cell')}" if left_out else count(n, "cell")
+
+
+def split_units(study: Study) -> str:
+    """What the study splits: `patients`, or `images`, of which a patient may have some on either side."""
+    return f"{study.folds.group_by}s"
 
 
 def best_text(best: BestRatio) -> str:
@@ -162,7 +179,7 @@ def answer_in_words(collection: Collection, primary: Comparison, declared: tuple
         why = "no fold has both arms yet" if not primary.n_common else f"the {metric} is undefined on these images"
         return question, f"{name}: no answer, {why}."
     there = math.isfinite(primary.low)
-    limits = f"95 % interval {points(primary.low)} to {points(primary.high)}" if there else "no interval"
+    limits = f"95 % interval {limit_text(primary.low)} to {limit_text(primary.high)}" if there else "no interval"
     effect = f"{points(primary.difference, sign=True)} points {metric}"
     tail = f"; {verdict(primary)}"
     if math.isfinite(primary.p_corrected_t):

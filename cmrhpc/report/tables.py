@@ -19,9 +19,11 @@ from cmrhpc.report.result import (
     cells_text,
     count,
     figure_text,
+    limit_text,
     metric_text,
     p_text,
     points,
+    split_units,
     verdict,
 )
 
@@ -102,7 +104,7 @@ def comparison_header() -> list[str]:
 
 
 def limits_text(c: Comparison) -> str:
-    return f"{points(c.low)} to {points(c.high)}" if math.isfinite(c.low) else NONE
+    return f"{limit_text(c.low)} to {limit_text(c.high)}" if math.isfinite(c.low) else NONE
 
 
 def comparison_lines(result: Result, metric: str | None = None) -> list[list[str]]:
@@ -147,7 +149,8 @@ def best_lines(result: Result) -> list[list[str]]:
 def best_header(result: Result) -> list[str]:
     units = [f"{METRIC_NAMES[m]}{'' if m == 'auc' else ' %'}" for m in METRICS]
     difference = f"{METRIC_NAMES[result.collection.study.primary.metric]} difference, points"
-    return ["classifier", "arm", "ratio chosen on validation patients", *units, difference, "rests on"]
+    chosen = f"ratio chosen on validation {split_units(result.collection.study)}"
+    return ["classifier", "arm", chosen, *units, difference, "rests on"]
 
 
 def best_note(result: Result) -> str:
@@ -190,7 +193,7 @@ def table_md(result: Result) -> str:
     parts += _markdown_table(comparison_header(), comparison_lines(result, metric))
     parts += ["", markdown_text(comparisons_note(result)), "", "Those of the other metrics: comparisons.csv.", ""]
     if result.best:
-        parts += ["## Best ratio, chosen on validation patients", ""]
+        parts += [f"## Best ratio, chosen on validation {split_units(study)}", ""]
         parts += [*_markdown_table(best_header(result), best_lines(result)), "", markdown_text(best_note(result)), ""]
     return "\n".join(parts)
 

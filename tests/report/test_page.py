@@ -15,7 +15,12 @@ import pytest
 from PIL import Image
 
 from cmrhpc import shards
+from cmrhpc.report import figures
 from cmrhpc.report.aggregate import aggregate, terminal_table
+from cmrhpc.report.collect import collect
+from cmrhpc.report.gallery import Gallery
+from cmrhpc.report.page import _distance_note
+from cmrhpc.report.result import evaluate
 from tests.report import made
 from tests.report.test_tables import visible_text
 
@@ -117,8 +122,21 @@ def test_page_answers_first_and_states_the_patients_beside_every_figure(folder: 
         "ROC curves",
         "Confusion counts",
         "Provenance",
+        "how far the figure moves with split and seeds",
+        "time of the classifier tasks, last run of each",
+        "chosen on validation patients",
     ):
         assert heading in text
+
+
+def test_a_crowded_figure_says_how_many_arms_it_leaves_out(folder: Path, tmp_path: Path) -> None:
+    generators = ("dae-gan", "egan", "dcgan", "acgan")
+    study = made.study(arms=" ".join(["none", "affine", *(f"{g}:3 {g}+affine:3" for g in generators)]), repeats=1)
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
+    shown, title = figures.shown_arms(evaluate(collect(tmp_path)), "resnet50")
+    assert (len(shown), title) == (9, "resnet50: 9 of 10 arms")
+    assert figures.shown_arms(evaluate(collect(folder.parent)), "resnet50")[1] == "resnet50"
 
 
 def test_names_and_ids_are_never_html(tmp_path: Path) -> None:
@@ -144,7 +162,7 @@ def test_names_and_ids_are_never_html(tmp_path: Path) -> None:
 
 
 def test_a_study_split_by_image_is_called_leaking(tmp_path: Path) -> None:
-    study = made.study(arms="none dae-gan:3", group_by="image")
+    study = made.study(arms="none dae-gan:1,3", group_by="image")
     one = made.cohort(study)
     train, _, test = one.split[0, 0]
     near_copy = np.flatnonzero(test)[0]
@@ -155,6 +173,13 @@ def test_a_study_split_by_image_is_called_leaking(tmp_path: Path) -> None:
     assert text.count("Leaking by design") == 2
     assert result.leaks == []
     assert "No test image in training" in text
+    markdown = (tmp_path / "report" / "table.md").read_text()
+    for words in ("Best ratio, chosen on validation images", "ratio chosen on validation images"):
+        assert words in text
+        assert words in markdown
+    assert "validation patients" not in text + markdown
+    assert "some of which may be of the same patients" in _distance_note(Gallery(), by_patient=False)
+    assert "which belong to other patients" in _distance_note(Gallery(), by_patient=True)
 
 
 def test_a_split_by_image_of_one_image_per_patient_leaks_nothing(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
 from cmrhpc.report.evaluate import Evaluator, PerPatient, Pooled
 from cmrhpc.report.published import FIGURES
-from cmrhpc.report.result import evaluate, figure_text
+from cmrhpc.report.result import evaluate, figure_text, limit_text, p_text
 from tests.report import made
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
@@ -489,6 +489,40 @@ def test_a_figure_without_interval_says_so() -> None:
     assert figure_text("accuracy", Figure(0.5)) == "50.0 (no interval)"
     assert figure_text("auc", Figure(math.nan)) == "–"
     assert figure_text("auc", Figure(0.91234, 0.8, 1.0)) == "0.912 (0.800–1.000)"
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.0497, "0.0497"),
+        (0.0495, "0.0495"),
+        (0.04999, "0.04999"),
+        (0.0494, "0.049"),
+        (0.05, "0.050"),
+        (0.0503, "0.050"),
+        (0.0009, "<0.001"),
+        (1.0, "1.000"),
+        (math.nan, "–"),
+    ],
+)
+def test_a_printed_p_lies_on_the_side_of_the_level_that_decided(p: float, text: str) -> None:
+    assert p_text(p) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0003, "0.03"),
+        (-0.0003, "-0.03"),
+        (0.00002, "0.002"),
+        (0.0, "0.0"),
+        (-0.0, "0.0"),
+        (0.0006, "0.1"),
+        (-0.1, "-10.0"),
+    ],
+)
+def test_a_printed_limit_is_0_where_the_limit_is_0_and_nowhere_else(value: float, text: str) -> None:
+    assert limit_text(value) == text
 
 
 def test_intervals_do_not_depend_on_what_else_the_study_holds(tmp_path: Path) -> None:
