@@ -202,7 +202,8 @@ def _wider(
         low, high = np.fmin(low, test.low + difference - test.mean), np.fmax(high, test.high + difference - test.mean)
     if statistics.blind(low, high):
         return float("nan"), float("nan")
-    low, high = np.clip([low, high], -1, 1)  # with few folds the t interval reaches beyond any difference
+    limits = np.clip([low, high], -1, 1)  # with few folds the t interval reaches beyond any difference
+    low, high = np.where(np.abs(limits) < 1e-12, 0, limits)  # what rounding leaves of 0 does not exclude it
     return float(low), float(high)
 
 

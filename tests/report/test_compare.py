@@ -17,9 +17,9 @@ from cmrhpc import planning
 from cmrhpc.measure import statistics
 from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import Cell, Collection, Images, collect
-from cmrhpc.report.compare import compare_all
+from cmrhpc.report.compare import _wider, compare_all
 from cmrhpc.report.csvfiles import comparison_details_csv
-from cmrhpc.report.evaluate import Evaluator
+from cmrhpc.report.evaluate import Evaluator, Pooled
 from cmrhpc.report.result import evaluate, points, verdict
 from cmrhpc.report.tables import best_lines, comparison_lines, table_md
 from tests.report import made
@@ -145,6 +145,14 @@ def test_the_answer_says_what_p_tests_and_that_it_disagrees_with_the_interval(tm
     lines = list(csv.DictReader(comparison_details_csv(result).splitlines()))
     told = next(line for line in lines if line["role"] == "primary")
     assert (float(told["mean_fold_difference"]), told["n_tested"]) == (pytest.approx(0, abs=1e-12), "10")
+
+
+def test_what_rounding_leaves_of_a_limit_of_0_does_not_exclude_0() -> None:
+    test = statistics.corrected_t([0.1], 0.25)  # one fold: no t interval beside the bootstrap
+    drawn = {"accuracy": np.r_[np.full(1000, 5e-17), np.full(1000, 0.2)]}
+    none = Pooled({"accuracy": 0.0}, {"accuracy": np.zeros(2000)}, [])
+    low, high = _wider(0.1, test, Pooled({"accuracy": 0.1}, drawn, []), none, "accuracy", 40)
+    assert (low, high) == (0.0, 0.2)
 
 
 def test_arms_that_read_every_image_alike_have_no_interval(tmp_path: Path) -> None:
