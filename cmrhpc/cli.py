@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from cmrhpc.errors import (
     EXIT_INTERRUPTED,
     BadInput,
     Checkpointed,
-    CmrhpcError,
     Damage,
     Incomplete,
     UsageError,
+    explained,
     printable,
 )
 from cmrhpc.near import did_you_mean
@@ -119,9 +120,7 @@ def task(args: argparse.Namespace) -> int:
         except UsageError:  # there is no such task: it leaves no record
             raise
         except Exception as error:
-            # An OSError names its file, which may be a patient's.
-            reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-            records.write_record(workspace, args.stage, index, records.FAILED, reason)
+            records.write_record(workspace, args.stage, index, records.FAILED, str(explained(error)))
             raise
     records.write_record(workspace, args.stage, index, records.DONE, message)
     print(message)
@@ -329,7 +328,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 2, 3, 4, 5, 75, 130 or 141. One message on stderr, no traceback."""
+    """Run one verb; returns the exit code: 0, 2, 3, 4, 5, 75, 130 or 141. One message on stderr."""
     is_script = arguments is None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name that is no text is no reason to stop
@@ -361,29 +360,13 @@ def _run_verb(arguments: list[str], is_script: bool) -> int:
         return Checkpointed.exit_code
     except BrokenPipeError:
         raise
-    except CmrhpcError as error:
+    except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+        told = explained(error)
         # What `task` says goes to a log of the workspace.
-        told = str(error) if arguments[:1] == ["task"] else error.for_a_person()
-        print(f"cmrhpc: {told}", file=sys.stderr)
-        return error.exit_code
-    except (OSError, MemoryError) as error:
-        if debug:
-            raise
-        # What `task` says is stored, and a file may bear a patient's name.
-        where = "" if arguments[:1] == ["task"] else getattr(error, "filename", None) or ""
-        print(
-            f"cmrhpc: {BadInput(_system_message(error), str(where), 'see --debug for where it happened')}",
-            file=sys.stderr,
-        )
-        return BadInput.exit_code
-
-
-def _system_message(error: BaseException) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return "out of memory"
+        print(f"cmrhpc: {told if arguments[:1] == ['task'] else told.for_a_person()}", file=sys.stderr)
+        return told.exit_code
 
 
 def job(stage: str) -> None:

@@ -12,10 +12,11 @@ class CmrhpcError(Exception):
     """Base of every error that is reported as one message and never as a traceback.
 
     what: one sentence, what is wrong. where: file, row, field. mend: how to mend it. found: what stands there, which
-    may name a patient or a file: for a terminal (`for_a_person`) and never for a log or record.
+    may name a patient or a file: for a terminal (`for_a_person`) and never for a log or record. An error of no kind
+    below is a task that failed, as a training that diverged.
     """
 
-    exit_code = 1
+    exit_code = 4
 
     def __init__(self, what: str, where: str = "", mend: str = "", found: str = ""):
         self.what, self.where, self.mend, self.found = what, where, mend, found
@@ -66,3 +67,20 @@ class Checkpointed(CmrhpcError):
 
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # whoever read the output has left, as in `| head`; what a shell says of SIGPIPE
+
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")  # in torch's RuntimeErrors
+
+
+def explained(error: BaseException, see: str = "--debug shows where") -> CmrhpcError:
+    """Any error as one message. The name of a file, which may be a patient's, is for a terminal only."""
+    if isinstance(error, CmrhpcError):
+        return error
+    text = str(error)
+    if isinstance(error, OSError):
+        found = str(error.filename or ("" if error.strerror else text))
+        return BadInput(error.strerror or type(error).__name__, "", f"mend the file system; {see}", found)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in _MEMORY)):
+        where = "on the GPU" if "CUDA" in text or "CUBLAS" in text else ""
+        return Incomplete("out of memory", where, "lower --jobs, tasks_per_gpu of the profile, or batch of the study")
+    first = next(iter(text.splitlines()), "no message")  # torch's go on about its compile flags
+    return Incomplete(f"{type(error).__name__}: {first}", "", see)

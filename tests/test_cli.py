@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc import cli
+from cmrhpc.errors import CmrhpcError
 from cmrhpc.launch.records import read_record
 from tests.whole.conftest import cmrhpc, make_workspace
 
@@ -246,3 +248,47 @@ def test_init_asks_for_the_positive_class_and_maps_columns(tmp_path: Path) -> No
     assert "file_spacing_mm = 1.25" in text
     assert "# " in text
     assert cmrhpc(*common, "--positive", "sick", check=False).returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (CmrhpcError("it diverged", mend="lower learning_rate"), 4, "lower learning_rate"),
+        (KeyError("gone"), 4, "KeyError: 'gone'\n  mend:  --debug shows where"),
+        (RuntimeError("CUDA error: an illegal address\nCompile with flags"), 4, "RuntimeError: CUDA error: an illegal"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            4,
+            "out of memory\n  where: on the GPU\n  mend:  low",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, "out of memory\n  mend:  lower --jobs"),
+        (MemoryError(), 4, "out of memory"),
+        (OSError(5, "Input/output error", "/raw/miller.mha"), 3, "found: /raw/miller.mha"),
+    ],
+)
+def test_whatever_is_raised_is_one_message_and_debug_changes_no_exit_code(
+    error: Exception, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verb(args: object) -> int:
+        raise error
+
+    for name in ("status", "task"):
+        monkeypatch.setitem(cli.VERBS, name, verb)
+    assert cli.main(["status", "ws"]) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert cli.main(["status", "ws", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+    cli.main(["task", "ws", "--stage", "ingest"])
+    assert "miller" not in capsys.readouterr().err  # it goes to a log
+
+
+def test_a_training_that_diverges_is_a_task_that_failed(tmp_path: Path, study_text: str) -> None:
+    text = study_text.replace("steps = 3", "steps = 30\nlearning_rate = 1.0").replace(
+        "image_size = 16", "image_size = 32"
+    )
+    root = make_workspace(tmp_path, text)
+    cmrhpc("ingest", root)
+    done = cmrhpc("task", root, "--stage", "classify", "--index", "0", check=False)
+    assert (done.returncode, "diverged" in done.stderr) == (4, True), done.stderr

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cmrhpc import files, planning
-from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Incomplete
+from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Incomplete, explained
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
 from cmrhpc.launch.failures import Failure
@@ -285,17 +285,14 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
             print(error)
             records.write_record(workspace, stage, index, records.STOPPED, error.what)
             tell(records.STOPPED, error.what)
-        except CmrhpcError as error:
-            print(error)
-            tell(records.FAILED, error.what, error.where, error.mend)
-        except OSError as error:  # of a file system: its file may bear a patient's name, so it is not told
-            traceback.print_tb(error.__traceback__)
-            print(f"error: {error.strerror or type(error).__name__}")
-            tell(records.FAILED, error.strerror or type(error).__name__, "", "mend the file system, then run again")
         except BaseException as error:
-            traceback.print_exc()
-            mend = "the log holds the traceback; this is a fault of the program"
-            tell(records.FAILED, f"{type(error).__name__}: {error}", "", mend)
+            told = explained(error, see="the log holds the traceback")
+            if isinstance(error, OSError):  # its file may bear a patient's name, so it is not told
+                traceback.print_tb(error.__traceback__)
+            elif told is not error:
+                traceback.print_exc()
+            print(told)
+            tell(records.FAILED, told.what, told.where, told.mend)
     messages.close()
 
 
