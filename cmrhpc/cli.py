@@ -120,7 +120,9 @@ def task(args: argparse.Namespace) -> int:
         except UsageError:  # there is no such task: it leaves no record
             raise
         except Exception as error:
-            records.write_record(workspace, args.stage, index, records.FAILED, str(explained(error)))
+            told = explained(error)
+            state = records.DONE if told.kept else records.FAILED
+            records.write_record(workspace, args.stage, index, state, str(told))
             raise
     records.write_record(workspace, args.stage, index, records.DONE, message)
     print(message)
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         from cmrhpc.launch.failures import told
 
         mend = "mend each cause, then run the same command again: what is done is kept"
-        raise Incomplete(told(summary.failed, summary.missing), "", mend)
+        raise (Damage if summary.damage else Incomplete)(told(summary.failed, summary.missing), "", mend)
     return 0
 
 
@@ -177,19 +179,14 @@ def status(args: argparse.Namespace) -> int:
 
 def aggregate(args: argparse.Namespace) -> int:
     from cmrhpc.report.aggregate import terminal_table
-    from cmrhpc.stages.aggregate import aggregate_folder
+    from cmrhpc.stages.aggregate import aggregate_folder, fault
 
-    result = aggregate_folder(Path(args.workspace))
-    print(terminal_table(Path(args.workspace)))
-    print(f"report page: {Path(args.workspace).absolute() / 'report' / 'index.html'}")
-    if result.leaks:
-        what = f"{len(result.leaks)} leaks: patients are in training and in test"
-        raise Damage(what, result.leaks[0], "the page lists them; find out how these shards were made")
-    if result.n_missing:
-        what = f"{result.n_missing} of {result.n_expected} predictions are missing; the tables show where"
-        raise Incomplete(
-            what, str(args.workspace), "cmrhpc run (or submit) makes what is missing, then aggregate again"
-        )
+    root = Path(args.workspace)
+    result = aggregate_folder(root)
+    print(terminal_table(root))
+    print(f"report page: {root.absolute() / 'report' / 'index.html'}")
+    if wrong := fault(result, root):
+        raise wrong
     return 0
 
 

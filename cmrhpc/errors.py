@@ -17,6 +17,7 @@ class CmrhpcError(Exception):
     """
 
     exit_code = 4
+    kept = False  # whether the task has written its output all the same
 
     def __init__(self, what: str, where: str = "", mend: str = "", found: str = ""):
         self.what, self.where, self.mend, self.found = what, where, mend, found

@@ -16,14 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cmrhpc import files, planning
-from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Incomplete, explained
+from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, explained
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
 from cmrhpc.launch.failures import Failure
@@ -40,6 +40,7 @@ class Summary:
     already: int = 0
     failed: list[Failure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    damage: bool = False  # whether a task found damage or a leak
     stopped_by: int = 0  # the signal that asked the run to stop
 
 
@@ -48,6 +49,8 @@ KILLED = (
     "the process ended without a word (killed, or out of memory)",
     "",
     "see the end of its log, and the system's log for a lack of memory",
+    Incomplete.exit_code,
+    False,
 )
 
 
@@ -56,7 +59,8 @@ class _Running:
     state: State
     process: BaseProcess
     messages: Connection
-    outcome: tuple[str, ...] = KILLED  # done or stopped with a message; failed with what, where and mend
+    # done or stopped with a message; failed with what, where, mend, exit code, and whether its output was written
+    outcome: tuple[Any, ...] = KILLED
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -64,6 +68,9 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     """Run every missing task of a workspace, `jobs` at a time; a failed task stops only what needs it."""
     torch_there = importlib.util.find_spec("torch") is not None
     states = workspace.states(check=True)
+    if any(not s.done for stage in STAGES for s in states[stage] if stage != "aggregate"):
+        # Even a report that agrees with the predictions that are there: they are about to change.
+        states["aggregate"] = [replace(s, done=False) for s in states["aggregate"]]
     summary = Summary(already=sum(s.done for stage in STAGES for s in states[stage]))
     todo = [s for stage in STAGES for s in states[stage] if not s.done]
     if any(s.task.stage in ("synthesize", "refine", "classify") for s in todo) and not torch_there:
@@ -73,7 +80,6 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     for finished in (s.task for stage in STAGES for s in states[stage] if s.done):
         workspace.clear_checkpoints(finished)
     workspace.remove_stale(workspace.root)
-    # A report that is out of date only because its predictions are about to change is made at the end.
     if not todo:
         return summary
     context = multiprocessing.get_context("forkserver")
@@ -217,10 +223,13 @@ def _finish(
         summary.done += 1
     elif outcome == records.FAILED:
         log = workspace.log_path(state.task.stage, state.index)
-        where, mend = more
-        summary.failed.append(Failure(state.task.title, reason, where, mend, str(log)))
+        where, mend, code, kept = more
+        summary.damage = summary.damage or code == Damage.exit_code
+        outcome = records.DONE if kept else records.FAILED
         told = str(CmrhpcError(reason, where, mend))
-        records.write_record(workspace, state.task.stage, state.index, records.FAILED, told)
+        records.write_record(workspace, state.task.stage, state.index, outcome, told)
+        if not (kept and code == Incomplete.exit_code and summary.failed):  # what the report lacks is told already
+            summary.failed.append(Failure(state.task.title, reason, where, mend, str(log)))
     else:
         summary.missing.append(state.task.title)
     display.finished(state, outcome, reason, time.monotonic() - task.begun)
@@ -292,7 +301,7 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
             elif told is not error:
                 traceback.print_exc()
             print(told)
-            tell(records.FAILED, told.what, told.where, told.mend)
+            tell(records.FAILED, told.what, told.where, told.mend, told.exit_code, told.kept)
     messages.close()
 
 

@@ -5,22 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 from cmrhpc import seal
+from cmrhpc.errors import CmrhpcError, Damage, Incomplete
 from cmrhpc.planning import REPORT
 from cmrhpc.report.aggregate import AggregateResult, aggregate
 from cmrhpc.workspace import Judge, Workspace, entry_of, report_sources
 
 
 def run_aggregate(workspace: Workspace) -> str:
-    """Write the report of a workspace; returns a summary in words. What is missing is shown in the tables."""
+    """Write the report of a workspace; returns a summary in words. Raises what is wrong with it once it is written."""
     result = aggregate_folder(workspace.root)
-    return f"report of {result.n_expected - result.n_missing} of {result.n_expected} predictions: report/index.html"
+    if wrong := fault(result, workspace.root):
+        wrong.kept = True
+        raise wrong
+    return f"report of {result.n_expected} predictions: report/index.html"
+
+
+def fault(result: AggregateResult, root: Path) -> CmrhpcError | None:
+    """What whoever makes a report ends with: leaks, else missing predictions, else nothing."""
+    if result.leaks:
+        what = f"{len(result.leaks)} leaks: patients are in training and in test"
+        return Damage(what, result.leaks[0], "the page lists them; find out how these shards were made")
+    if result.n_missing:
+        what = f"{result.n_missing} of {result.n_expected} predictions are missing; the tables show where"
+        return Incomplete(what, str(root), "cmrhpc run (or submit) makes what is missing, then aggregate again")
+    return None
 
 
 def aggregate_folder(root: Path) -> AggregateResult:
-    """Aggregate a workspace, or a folder that holds only predictions; in a workspace remember the sources."""
+    """Aggregate a workspace, or a folder that holds only predictions; in a workspace remember the sources.
+
+    Raises Incomplete for a workspace in which no prediction is computed yet.
+    """
     if not (Path(root) / "study.toml").is_file():
         return aggregate(Path(root))
     workspace = Workspace(root)
+    if not any(name.startswith("predictions/") for name in workspace.listing()):
+        raise Incomplete("there are no predictions yet", str(root), "`cmrhpc run` (or submit) makes them")
     path = workspace.path(REPORT)
     result = aggregate(workspace.root, begin=lambda: seal.begin(path))
     cells = (cell for row in result.result.collection.cells.values() for cell in row.values())

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, roc_auc_score
 
+from cmrhpc.launch.records import read_record
 from cmrhpc.shards import read_shard
 from tests.conftest import STUDY
+from tests.reliability.test_damage import forge
 from tests.whole.conftest import cmrhpc, make_workspace
 
 WITHOUT = """
@@ -28,6 +30,8 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 from cmrhpc.cli import main
 """
+
+PREDICTION = "predictions/none/ratio0/resnet50/fold0_repeat0.h5"
 
 
 def test_every_image_is_tested_once_per_repeat_and_no_patient_crosses(finished: Path) -> None:
@@ -159,6 +163,41 @@ def test_a_failed_task_stops_only_what_needs_it(tmp_path: Path) -> None:
     counts = json.loads(cmrhpc("status", root, "--json").stdout)["stages"]
     assert (counts["refine"]["done"], counts["classify"]["failed"]) == (4, 10)
     assert "none.safetensors" in cmrhpc("status", root).stdout
+
+
+def missing(root: Path) -> int:
+    """How many cells the table of the report lacks."""
+    return sum(int(row["n_missing"]) for row in csv.DictReader((root / "report/table.csv").open()))
+
+
+def test_a_report_of_a_part_is_made_again_once_a_run_has_made_the_rest(copied: Path) -> None:
+    (copied / PREDICTION).unlink()
+    assert cmrhpc("aggregate", copied, check=False).returncode == 4
+    assert missing(copied) == 1
+    cmrhpc("run", copied)
+    assert missing(copied) == 0
+
+
+def test_a_report_ends_with_one_exit_code_however_it_is_made(copied: Path, tmp_path: Path) -> None:
+    report = ("task", copied, "--stage", "aggregate")
+    (copied / PREDICTION).unlink()
+    for verb in (report, ("aggregate", copied), report):  # also where the report is there already
+        done = cmrhpc(*verb, check=False)
+        assert (done.returncode, missing(copied)) == (4, 1)
+        assert "1 of 10 predictions are missing" in done.stderr
+    record = read_record(copied / "logs/aggregate_0.json")
+    assert record is not None
+    assert (record.state, "1 of 10 predictions are missing" in record.reason) == ("done", True)
+    test = read_shard(copied / "folds.h5")["repeat0_fold1_test"]
+    forge(copied, PREDICTION.replace("fold0", "fold1"), train_id=test[:2])
+    for verb in (report, ("aggregate", copied), ("run", copied)):
+        done = cmrhpc(*verb, check=False)
+        assert done.returncode == 5, done.stderr
+        assert "leaks: patients are in training and in test" in done.stderr
+    shutil.rmtree(copied / "predictions")
+    for verb in (report, ("aggregate", copied)):
+        assert cmrhpc(*verb, check=False).returncode == 4
+    assert cmrhpc("aggregate", tmp_path / "nowhere", check=False).returncode == 3
 
 
 def test_hours_that_are_left_come_from_what_done_tasks_took(copied: Path) -> None:
