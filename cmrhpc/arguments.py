@@ -106,7 +106,12 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("run", "everything missing, on this machine", "cmrhpc run ws --jobs 2")
     p.add_argument("workspace", metavar="WORKSPACE")
-    p.add_argument("--jobs", type=_one_or_more, metavar="N", help="tasks at once (default: cores / threads per task)")
+    p.add_argument(
+        "--jobs",
+        type=_one_or_more,
+        metavar="N",
+        help="tasks at once (default: one per GPU; without any: cores / threads per task)",
+    )
     p.add_argument("--plain", action="store_true", help="plain lines instead of bars")
 
     p = verb("submit", "everything missing, on Slurm through submitit", "cmrhpc submit ws --profile mycluster")

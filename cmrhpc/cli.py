@@ -131,13 +131,14 @@ def task(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     with held():  # an interrupted import prints a traceback of its own
+        from cmrhpc import gpus
         from cmrhpc.launch.local import run as run_all
         from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = workspace.study.compute.threads
-    jobs = args.jobs or max(1, cores // threads)
+    jobs = args.jobs or len(gpus.usable()) or max(1, cores // threads)
     if args.jobs and jobs * threads > cores:  # threads that wait for each other at every operation
         crowded = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {cores} cores"
         print(f"{crowded}: --jobs {max(1, cores // threads)} is quicker", file=sys.stderr)

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from cmrhpc import files, planning
+from cmrhpc import files, gpus, planning
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, explained
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
@@ -59,6 +59,7 @@ class _Running:
     state: State
     process: BaseProcess
     messages: Connection
+    gpu: str = ""  # where there is more than one
     # done or stopped with a message; failed with what, where, mend, exit code, and whether its output was written
     outcome: tuple[Any, ...] = KILLED
     begun: float = field(default_factory=time.monotonic)
@@ -87,6 +88,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     display = Display(states, plain, jobs)
     made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
     running: dict[Connection, _Running] = {}
+    visible = gpus.usable()
     stop = _StopFlag()
     with stop.listening(), _none_left(running), display:
         _start_server(context, stop)
@@ -96,7 +98,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
                 if state is None:
                     break
                 todo.remove(state)
-                running_task = _start(context, workspace, state)
+                running_task = _start(context, workspace, state, _gpu(visible, running))
                 running[running_task.messages] = running_task
                 display.started(state)
             if not running:
@@ -181,9 +183,15 @@ def _nothing() -> None:
     """Runs as soon as the fork server is ready."""
 
 
-def _start(context: Any, workspace: Workspace, state: State) -> _Running:
+def _gpu(visible: list[str], running: dict[Connection, _Running]) -> str:
+    """The GPU of the next task; empty where there is no choice."""
+    taken = [task.gpu for task in running.values()]
+    return gpus.least_used(visible, taken) if len(visible) > 1 else ""
+
+
+def _start(context: Any, workspace: Workspace, state: State, gpu: str) -> _Running:
     receive, send = context.Pipe(duplex=False)
-    arguments = (str(workspace.root), state.task.stage, state.index, send)
+    arguments = (str(workspace.root), state.task.stage, state.index, send, gpu)
     process = context.Process(target=_child, args=arguments, name=state.task.title)
     try:
         with held():  # should the fork server have died, a new one starts here
@@ -193,7 +201,7 @@ def _start(context: Any, workspace: Workspace, state: State) -> _Running:
         raise Incomplete(what, "", "is there memory left? then run the same command again") from None
     finally:
         send.close()
-    return _Running(state, process, receive)
+    return _Running(state, process, receive, gpu)
 
 
 def _listen(task: _Running, display: Display) -> bool:
@@ -259,8 +267,10 @@ class _StopFlag:
                 signal.signal(number, handler)
 
 
-def _child(root: str, stage: str, index: int, messages: Connection) -> None:
-    """One task in its own process: everything it prints goes to its log."""
+def _child(root: str, stage: str, index: int, messages: Connection, gpu: str = "") -> None:
+    """One task in its own process: everything it prints goes to its log. gpu: the one that it sees, empty for all."""
+    if gpu:  # CUDA, which nothing has started yet, reads this
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     from cmrhpc.stages.task import StopRequest, run_task, stop_on_signals
 
     request = StopRequest()
@@ -285,6 +295,8 @@ def _child(root: str, stage: str, index: int, messages: Connection) -> None:
         try:
             workspace = Workspace(root)
             log.enter_context(open_log(workspace, stage, index))
+            if gpu:
+                print(f"on GPU {gpu}")
             records.write_record(workspace, stage, index, records.RUNNING)
             message = run_task(workspace, stage, index, progress, request)
             print(message)

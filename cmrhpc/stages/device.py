@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from cmrhpc import gpus
 from cmrhpc.errors import BadInput
 from cmrhpc.study import Compute
 
@@ -13,17 +14,23 @@ from cmrhpc.study import Compute
 def choose_device(compute: Compute) -> torch.device:
     """The GPU where there is one, otherwise the CPU; CMRHPC_DEVICE (cpu, cuda) overrides. Sets up the arithmetic.
 
-    Raises BadInput for a device that is not there.
+    Raises BadInput for a device that is not there or has no code in this torch, and where a GPU was asked for, by Slurm
+    or CUDA_VISIBLE_DEVICES, that torch cannot use: the CPU would take days.
     """
     from cmrhpc.train.compute import has_bfloat16, setup_compute
 
-    name = os.environ.get("CMRHPC_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    told, mend = os.environ.get("CMRHPC_DEVICE"), "see `cmrhpc doctor`; CMRHPC_DEVICE=cpu computes without"
+    name = told or ("cuda" if torch.cuda.is_available() else "cpu")
+    lent = gpus.named(os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("SLURM_JOB_GPUS", "")))
+    if not told and name == "cpu" and lent:
+        raise BadInput(f"torch {torch.__version__} cannot use the GPU of this task", f"GPU {','.join(lent)}", mend)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add_(1).item()  # a kernel: memory there is on GPUs without code, too
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f'no device "{name}": {reason}', "CMRHPC_DEVICE", "unset it, or name cpu or cuda") from None
+        mend = "unset CMRHPC_DEVICE, or name cpu or cuda" if told else mend
+        raise BadInput(f'no device "{name}": {reason}', "CMRHPC_DEVICE" if told else "", mend) from None
     setup_compute(compute)
     if compute.mode == "fast" and not has_bfloat16(device):
         print("note: fast mode in float32: this processor only emulates bfloat16, which is slower", flush=True)

@@ -172,6 +172,7 @@ class Node:
     ) -> list[str]:
         home = "/root" if user == "root" else f"/home/{user}"
         variables = {"PATH": SEARCH_PATH, "HOME": home, "USER": user, "LOGNAME": user, "LANG": "C.UTF-8", **(env or {})}
+        variables.setdefault("CMRHPC_DEVICE", "cpu")  # a task would not believe in the pretended GPUs
         words = ["bash", "-c", command] if isinstance(command, str) else [str(word) for word in command]
         namespaces = ["--mount", "--pid", "--uts", "--ipc", "--root", *(["--net"] if self.network == "private" else [])]
         return [
