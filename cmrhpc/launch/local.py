@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -84,7 +85,8 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     if not todo:
         return summary
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cmrhpc.launch.preload"] if torch_there else [])
+    # Elsewhere system libraries do not outlive a fork.
+    context.set_forkserver_preload(["cmrhpc.launch.preload"] if torch_there and sys.platform == "linux" else [])
     display = Display(states, plain, jobs)
     made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
     running: dict[Connection, _Running] = {}
@@ -156,7 +158,7 @@ def _start_server(context: Any, stop: _StopFlag) -> None:
     """
     with held():
         resource_tracker.ensure_running()  # lets two of the signals through again
-    with held():
+    with held(), _short_temporary_folder():
         forkserver.ensure_running()
     failed: list[Exception] = []
 
@@ -177,6 +179,22 @@ def _start_server(context: Any, stop: _StopFlag) -> None:
     if failed and not stop.number:
         mend = "is there memory for torch? then run the same command again"
         raise Incomplete(f"the process that starts the tasks ended ({type(failed[0]).__name__})", "", mend)
+
+
+@contextlib.contextmanager
+def _short_temporary_folder() -> Iterator[None]:
+    """The path of the fork server's socket has 107 characters at most, of which its own names take 32."""
+    before = tempfile.gettempdir()
+    places = [before, "/tmp", "/var/tmp", "/dev/shm"]
+    short = [place for place in places if len(os.fsencode(place)) <= 70 and os.access(place, os.W_OK | os.X_OK)]
+    if not short:
+        what = "the path of the folder for temporary files is too long for a socket"
+        raise BadInput(what, before, "set TMPDIR to a folder with a path of at most 70 characters")
+    tempfile.tempdir = short[0]
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _nothing() -> None:

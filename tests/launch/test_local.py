@@ -103,3 +103,12 @@ def test_a_device_is_believed_when_it_has_computed(monkeypatch: pytest.MonkeyPat
                     choose_device(Compute())
             else:
                 assert choose_device(Compute()).type == "cpu"
+
+
+def test_a_long_path_for_temporary_files_stops_no_run(tmp_path: Path, study_text: str) -> None:
+    """The kernel takes no longer names for sockets. Without a device to compute on, ingest alone is done."""
+    root = make_workspace(tmp_path / "ws", study_text)
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    done = cmrhpc("run", root, check=False, env=os.environ | {"TMPDIR": str(long), "CMRHPC_DEVICE": "meta"})
+    assert (root / "folds.h5").exists(), done.stderr
