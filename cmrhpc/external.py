@@ -72,7 +72,7 @@ def input_name(task: Task) -> str:
 
 
 def read_sums(root: Path) -> dict[str, dict[str, str]]:
-    """Folder -> file name -> sha256, both sorted; files that lie higher or deeper do not count.
+    """Folder -> file name -> sha256, both sorted; files that lie higher or deeper, or are hidden, do not count.
 
     Raises BadInput when the list is missing, cannot be read, or names a file twice.
     """
@@ -90,7 +90,7 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
         if not (match := _LINE.fullmatch(line)):
             raise BadInput("not a line of sha256sum", f"{SUMS} line {number}", MAKE_SUMS, f"{path}: {line[:80]!r}")
         folder, _, name = match[2].partition("/")
-        if not name or "/" in name or folder == ".." or name == "..":
+        if not name or "/" in name or folder == ".." or name.startswith("."):
             continue
         listed = found.setdefault(folder, {})
         if name in listed:

@@ -59,6 +59,7 @@ def take_in(context: Context) -> None:
         },
         schema="images-1",
         companions={".png": pictures.grid(images[:SHOWN], columns=8, scale=2)},
+        info={"device": "cpu"},
     )
 
 

@@ -252,6 +252,17 @@ def test_one_folder_per_class_serves_every_fold_when_no_image_of_the_study_was_s
     assert "not in the training set of fold 1 repeat 0" in refused(outside, "fold1_repeat0_class1")
 
 
+def test_what_a_desktop_leaves_there_is_no_image(outside: Path) -> None:
+    """`find` lists it, and it comes and goes."""
+    hidden = outside / "made" / PLACE / ".DS_Store"
+    hidden.write_bytes(b"left by a desktop")
+    renew(outside / "made")
+    make(outside)
+    hidden.unlink()
+    assert SHARD not in missing(outside)
+    assert read_shard(outside / SHARD).info["device"] == "cpu"
+
+
 def test_a_refiner_may_follow(outside: Path) -> None:
     more = '[[arms]]\nname = "elsewhere+simgan+affine"\nratios = [1]\n'
     ask(outside, ASKED + more)
