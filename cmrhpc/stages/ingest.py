@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from cmrhpc import planning, shards
 from cmrhpc.data.folds import make_folds
@@ -27,9 +28,12 @@ def run_ingest(
     Raises Checkpointed when `should_stop` asked for it between two images: nothing is written then.
     """
     lines = []
+    begun = time.time()
+    info: dict[str, Any] = {"study_sha256": workspace.study_sha256, "device": "cpu"}
 
     def read(done: int, total: int) -> None:
         progress(done, total)
+        info["seconds"] = round(time.time() - begun, 3)  # until the last image: `ingest` writes the cohort
         if done < total and should_stop():
             raise Checkpointed(f"stopped on request after image {done} of {total}, nothing kept", mend="run it again")
 
@@ -38,7 +42,6 @@ def run_ingest(
         mend = "move the raw images to a folder of their own and name it in study.toml [data]"
         raise BadInput("the raw folder is the workspace: cohort.csv would be overwritten", str(workspace.root), mend)
     if judge.whole(COHORT):
-        begun = time.time()
         summary = ingest(
             study.data,
             study.classes,
@@ -46,7 +49,7 @@ def run_ingest(
             workspace.path(COHORT),
             task=TASK.to_json(),
             settings=planning.settings(study, TASK, COHORT),
-            info={"study_sha256": workspace.study_sha256},
+            info=info,
             folds=study.folds,
             progress=read,
         )
@@ -69,7 +72,7 @@ def run_ingest(
         inputs={COHORT: cohort.content_sha256},
         seed=seed,
         attributes={"k": study.folds.k, "repeats": study.folds.repeats, "group_by": study.folds.group_by},
-        info={"study_sha256": workspace.study_sha256},
+        info=info | {"seconds": round(time.time() - begun, 3)},
     )
     lines += [f"warning: {text}" for text in warnings]
     lines.append(f"{study.folds.k} folds x {study.folds.repeats} repeats, grouped by {study.folds.group_by}")

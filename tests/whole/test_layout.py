@@ -34,6 +34,20 @@ def test_every_dataset_is_described_and_every_described_one_is_written(finished:
     }
 
 
+def test_every_attribute_that_is_described_is_in_every_shard(finished: Path) -> None:
+    import h5py
+
+    table = TEXT.split("| `schema`", 1)[1].split("\n\n", 1)[0]
+    names = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    names = ["schema", *names]
+    assert "seconds" in names
+    for path in finished.rglob("*.h5"):
+        with h5py.File(path) as file:
+            # Only what computes has an arithmetic, and what is large lies in a dataset of its own.
+            lacking = {name for name in names if name not in file.attrs and f"header_{name}" not in file}
+        assert lacking <= {"arithmetic"}, path.name
+
+
 def test_every_attribute_and_every_file_of_the_report_is_described(finished: Path) -> None:
     import h5py
 
