@@ -169,6 +169,9 @@ def _checked_inputs(workspace: Workspace, judge: Judge, task: Task) -> dict[str,
     found = {}
     for path in planning.inputs(workspace.study, task):
         if wrong := judge.verdict(path):
+            if wrong.startswith("damaged: "):
+                mend = "run its stage again, or `cmrhpc run`: what is damaged is made again"
+                raise BadInput(f"{task.title}: its input is {wrong}", path, mend)
             mend = "run the earlier stage first: `cmrhpc plan` shows what is missing"
             raise Incomplete(f"{task.title}: its input is not there: {path}", f"{path}: {wrong}", mend)
         found[path] = shards.read_shard(workspace.path(path))

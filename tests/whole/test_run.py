@@ -200,6 +200,21 @@ def test_a_report_ends_with_one_exit_code_however_it_is_made(copied: Path, tmp_p
     assert cmrhpc("aggregate", tmp_path / "nowhere", check=False).returncode == 3
 
 
+def test_a_task_tells_an_input_that_is_damaged_from_one_that_is_not_there(copied: Path) -> None:
+    source, prediction = copied / "synthetic/dae-gan/fold0_repeat0_class1.h5", copied / "predictions/dae-gan"
+    shutil.rmtree(prediction)
+    names = [task["output"] for task in json.loads(_plan(copied, "classify"))["tasks"]]
+    index = names.index("predictions/dae-gan/ratio1/resnet50/fold0_repeat0.h5")
+    data = bytearray(source.read_bytes())
+    data[-100] ^= 1
+    source.write_bytes(data)
+    done = cmrhpc("task", copied, "--stage", "classify", "--index", index, check=False)
+    assert (done.returncode, "its input is damaged" in done.stderr) == (3, True), done.stderr
+    source.unlink()
+    done = cmrhpc("task", copied, "--stage", "classify", "--index", index, check=False)
+    assert (done.returncode, "its input is not there" in done.stderr) == (4, True), done.stderr
+
+
 def test_hours_that_are_left_come_from_what_done_tasks_took(copied: Path) -> None:
     shards = sorted(copied.glob("predictions/**/*.h5"))
     for path in shards[:3]:
