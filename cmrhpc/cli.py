@@ -70,10 +70,7 @@ def init(args: argparse.Namespace) -> int:
 
 
 def ingest(args: argparse.Namespace) -> int:
-    from cmrhpc.stages.task import run_task
-    from cmrhpc.workspace import Workspace
-
-    print(run_task(Workspace(args.workspace), "ingest", 0))
+    _run_task(args.workspace, "ingest", 0)
     place = shlex.quote(args.workspace)
     print(f"next: look at {args.workspace}/cohort.png and cohort.csv,")
     print(f"      then `cmrhpc run {place}`, or on a cluster `cmrhpc submit {place} --profile P`")
@@ -98,35 +95,40 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def task(args: argparse.Namespace) -> int:
+    _run_task(args.workspace, args.stage, args.index)
+    return 0
+
+
+def _run_task(root: str, stage: str, given: int | None) -> None:
+    """Run one task with its log and record, and print what happened."""
     with held():  # an interrupted import prints a traceback of its own
         from cmrhpc.launch import records
         from cmrhpc.launch.display import lines_of_one_task
+        from cmrhpc.launch.logs import to_log_too
         from cmrhpc.stages.task import StopRequest, find_task, run_task, stop_on_signals
         from cmrhpc.workspace import Workspace
 
-    workspace = Workspace(args.workspace)
-    index = _array_index(args.index, args.stage)
+    workspace = Workspace(root)
+    index = _array_index(given, stage)
     request = StopRequest()
     with stop_on_signals(request):
+        find_task(workspace, stage, index)  # one that is not there leaves neither log nor record
         try:
-            find_task(workspace, args.stage, index)
-            records.write_record(workspace, args.stage, index, records.RUNNING)
-            message = run_task(workspace, args.stage, index, lines_of_one_task(), request)
+            with to_log_too(workspace, stage, index):
+                records.write_record(workspace, stage, index, records.RUNNING)
+                message = run_task(workspace, stage, index, lines_of_one_task(), request)
+                records.write_record(workspace, stage, index, records.DONE, message)
+                print(message)
         except Checkpointed as error:
-            records.write_record(workspace, args.stage, index, records.STOPPED, error.what)
+            records.write_record(workspace, stage, index, records.STOPPED, error.what)
             if request.number == signal.SIGINT:
                 raise KeyboardInterrupt from error
-            raise
-        except UsageError:  # there is no such task: it leaves no record
             raise
         except Exception as error:
             told = explained(error)
             state = records.DONE if told.kept else records.FAILED
-            records.write_record(workspace, args.stage, index, state, str(told))
+            records.write_record(workspace, stage, index, state, str(told))
             raise
-    records.write_record(workspace, args.stage, index, records.DONE, message)
-    print(message)
-    return 0
 
 
 def run(args: argparse.Namespace) -> int:

@@ -292,3 +292,29 @@ def test_a_training_that_diverges_is_a_task_that_failed(tmp_path: Path, study_te
     cmrhpc("ingest", root)
     done = cmrhpc("task", root, "--stage", "classify", "--index", "0", check=False)
     assert (done.returncode, "diverged" in done.stderr) == (4, True), done.stderr
+
+
+def test_every_task_has_one_log_however_it_was_started(tmp_path: Path, study_text: str) -> None:
+    root = make_workspace(tmp_path, study_text)
+    log = root / "logs/ingest_0.log"
+    table = root / "raw/cohort.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace(",", ",miller", 1))  # the heading: a column is not there
+    told = cmrhpc("ingest", root, check=False).stderr
+    assert "found:" in told
+    assert "miller" in told
+    assert told.splitlines()[0].removeprefix("cmrhpc: ") in log.read_text()
+    assert "miller" not in log.read_text()
+    table.write_text(whole)
+    said = cmrhpc("ingest", root).stdout
+    assert said.splitlines()[0] in log.read_text()
+    assert (record := read_record(log.with_suffix(".json"))) is not None
+    assert record.state == "done"
+    # As task.sh starts it: all output goes to the log already.
+    log = root / "logs/refine_0.log"
+    with log.open("a") as stream:
+        line = [sys.executable, "-m", "cmrhpc.cli", "task", str(root), "--stage", "refine", "--index", "0"]
+        assert subprocess.run(line, stdout=stream, stderr=stream).returncode == 4
+    assert log.read_text().count("its input is not there") == 1
+    assert cmrhpc(*line[3:], check=False).returncode == 4
+    assert log.read_text().count("its input is not there") == 2

@@ -23,11 +23,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from cmrhpc import files, gpus, planning
+from cmrhpc import gpus, planning
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, explained
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
 from cmrhpc.launch.failures import Failure
+from cmrhpc.launch.logs import all_to_log
 from cmrhpc.planning import COHORT, FOLDS, STAGES
 from cmrhpc.signals import STOP_SIGNALS, held, let_through
 from cmrhpc.workspace import State, Workspace
@@ -312,7 +313,7 @@ def _child(root: str, stage: str, index: int, messages: Connection, gpu: str = "
         let_through()
         try:
             workspace = Workspace(root)
-            log.enter_context(open_log(workspace, stage, index))
+            log.enter_context(all_to_log(workspace, stage, index))
             if gpu:
                 print(f"on GPU {gpu}")
             records.write_record(workspace, stage, index, records.RUNNING)
@@ -333,37 +334,3 @@ def _child(root: str, stage: str, index: int, messages: Connection, gpu: str = "
             print(told)
             tell(records.FAILED, told.what, told.where, told.mend, told.exit_code, told.kept)
     messages.close()
-
-
-@contextlib.contextmanager
-def open_log(workspace: Workspace, stage: str, index: int) -> Any:
-    """Send stdout and stderr of this process, C libraries included, to the task's log."""
-    path = workspace.log_path(stage, index)
-    files.make_folder(path.parent)
-    try:
-        handle = files.open_log(path)
-    except OSError as error:
-        raise files.explain(error, path) from error
-    with contextlib.suppress(OSError):
-        files.set_permissions(path)
-    _flush()
-    saved = os.dup(1), os.dup(2)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    try:
-        print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stage, index)
-        _flush()
-        yield
-    finally:
-        _flush()
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for number in (*saved, handle):
-            os.close(number)
-
-
-def _flush() -> None:
-    """What is printed goes out; a full disk loses lines of a log and no result."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
