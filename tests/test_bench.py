@@ -38,6 +38,11 @@ def test_an_unknown_section_is_named(capsys: pytest.CaptureFixture[str]) -> None
     assert "classifier" in capsys.readouterr().err
 
 
+def test_what_is_no_workspace_is_told_before_anything_is_measured(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert cli.main(["bench", str(tmp_path / "nosuch"), "--only", "shards"]) == 3
+    assert "not a workspace" in capsys.readouterr().err
+
+
 def test_many_tasks_are_planned_and_aggregated(tmp_path) -> None:  # type: ignore[no-untyped-def]
     from cmrhpc.bench.tasks import many
 

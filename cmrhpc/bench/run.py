@@ -74,6 +74,7 @@ def bench(
     from cmrhpc.profile import load_profile
 
     cluster = load_profile(profile) if profile else None
+    study, opened = predict.load("fu2021", workspace)  # what is no workspace is told before anything is measured
     rounds = 3 if quick else 9
     found: dict[str, Any] = {"machine": machine(), "threads": threads, "quick": quick}
     here = found["machine"]
@@ -144,7 +145,6 @@ def bench(
             rates = ", ".join(f"{count}: {f'{rate:.1f}' if rate else 'do not fit'}" for count, rate in told)
             say(f"GPU {found['gpu']['name']}: generations per second by number of models {rates}")
         if wanted("predict"):
-            study, opened = predict.load("fu2021", workspace)
             jobs = max(1, cores() // study.compute.threads)
             row = predict.predict(study, opened, jobs, OUTSIDE)
             found["prediction"] = row
