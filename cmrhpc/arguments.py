@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, metavar="S")
 
     p = verb("init", "make a workspace with an editable study.toml", "cmrhpc init ws --study demo --raw raw")
-    p.add_argument("workspace", metavar="WORKSPACE", help="new or empty folder")
+    p.add_argument("workspace", metavar="WORKSPACE", help="a folder without a study.toml, or a new one")
     p.add_argument("--study", required=True, metavar="NAME_OR_TOML", help="a shipped study (demo, fu2021) or a file")
     p.add_argument("--raw", required=True, metavar="RAW", help="raw folder with images and their table")
     p.add_argument("--table", default=None, metavar="FILE", help="table in the raw folder (default cohort.csv)")
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--offset", action="store_true", help="with --array, lines RANGE OFFSET: for indices that the cluster refuses"
     )
-    p.add_argument("--why", action="store_true", help="list every task with its reason")
+    p.add_argument("--why", action="store_true", help="list every task with its reason (as with --stage)")
     p.add_argument("--json", action="store_true")
 
     p = verb("task", "run one task", "cmrhpc task ws --stage synthesize --index 0")

@@ -190,6 +190,21 @@ def test_array_of_missing_tasks(tmp_path: Path, study_text: str) -> None:
         assert (both.returncode, both.stdout) == (2, "")
 
 
+def test_a_plan_says_why_tasks_are_missing_in_few_lines(tmp_path: Path, study_text: str) -> None:
+    (tmp_path / "study.toml").write_text(study_text.replace("repeats = 1", "repeats = 100"))
+    lines = cmrhpc("plan", tmp_path).stdout.splitlines()
+    assert "classify     1000 tasks       0 done    1000 missing" in lines
+    assert lines[5:] == [
+        "ingest: 1 not made yet",
+        "synthesize: 400 not made yet; waits for ingest",
+        "refine: 400 not made yet; waits for ingest, synthesize",
+        "classify: 400 not made yet; waits for ingest",
+        "classify: 400 not made yet; waits for ingest, synthesize",
+        "classify: 200 not made yet; waits for ingest, refine",
+        "aggregate: 1 not made yet; waits for classify",
+    ]
+
+
 def test_an_index_that_slurm_refuses_is_pointed_out(tmp_path: Path, study_text: str) -> None:
     text = study_text.replace("k = 2", "k = 2\nvalidation_fraction = 0.2").replace("repeats = 1", "repeats = 100")
     (tmp_path / "study.toml").write_text(text.replace("ratios = [1, 2]", "ratios = [0.5, 1, 2]"))

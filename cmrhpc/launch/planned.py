@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from cmrhpc.errors import BadInput
 from cmrhpc.launch import slurm
-from cmrhpc.workspace import Workspace
+from cmrhpc.workspace import State, Workspace
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where the cluster does not say
+SHOWN_REASONS = 5  # of a stage
+_MADE_BY = {"synthetic": "synthesize", "refined": "refine", "predictions": "classify"}  # by folder
+_PLACE = re.compile(r"fold\d+_repeat\d+(_class(es|\d+))?")
 
 
 def print_plan(workspace: Workspace, stages: tuple[str, ...], as_json: bool, every: bool) -> None:
-    """Counts per stage; with `every` each task with its reason."""
+    """Counts per stage, and why tasks are missing: one line per stage and reason, with `every` one per task."""
     states = workspace.states(stages, freeze=False)
     counts = {
         stage: {"total": len(found), "done": sum(s.done for s in found), "missing": sum(not s.done for s in found)}
@@ -34,6 +39,21 @@ def print_plan(workspace: Workspace, stages: tuple[str, ...], as_json: bool, eve
         for stage, found in states.items():
             for s in found:
                 print(f"{stage} {s.index:>5}  {s.task.title}: {'done' if s.done else s.reason}")
+        return
+    for stage, found in states.items():
+        why = Counter(_why(s) for s in found if not s.done)
+        for text, number in why.most_common(SHOWN_REASONS):
+            print(f"{stage}: {number} {text}")
+        if len(why) > SHOWN_REASONS:
+            print(f"{stage}: and {len(why) - SHOWN_REASONS} more reasons, which --stage {stage} lists")
+
+
+def _why(state: State) -> str:
+    """Why a task is missing, in the same words for every fold, repeat and class."""
+    if state.reason != "missing":
+        return _PLACE.sub("*", state.reason)
+    stages = dict.fromkeys(_MADE_BY.get(path.partition("/")[0], "ingest") for path in state.waits_for)
+    return f"not made yet; waits for {', '.join(stages)}" if stages else "not made yet"
 
 
 def print_ranges(workspace: Workspace, stage: str, chunk: int, offset: bool) -> None:

@@ -215,6 +215,15 @@ def test_a_task_tells_an_input_that_is_damaged_from_one_that_is_not_there(copied
     assert (done.returncode, "its input is not there" in done.stderr) == (4, True), done.stderr
 
 
+def test_a_plan_names_a_changed_setting_once_for_all_folds(copied: Path) -> None:
+    text = (copied / "study.toml").read_text()
+    (copied / "study.toml").write_text(text.replace("generations = 4", "generations = 5"))
+    lines = cmrhpc("plan", copied).stdout.splitlines()
+    changed = "settings changed: generator.generations: 4 -> 5"
+    assert f"synthesize: 4 {changed}" in lines
+    assert f"refine: 4 input synthetic/dae-gan/*.h5 is to be made first ({changed})" in lines
+
+
 def test_hours_that_are_left_come_from_what_done_tasks_took(copied: Path) -> None:
     shards = sorted(copied.glob("predictions/**/*.h5"))
     for path in shards[:3]:
