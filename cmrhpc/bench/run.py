@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cmrhpc import gpus
 from cmrhpc.errors import BadInput
 
 SECTIONS = ("generation", "classifier", "overhead", "shards", "ingest", "tasks", "gpu", "predict")
@@ -145,7 +146,7 @@ def bench(
             rates = ", ".join(f"{count}: {f'{rate:.1f}' if rate else 'do not fit'}" for count, rate in told)
             say(f"GPU {found['gpu']['name']}: generations per second by number of models {rates}")
         if wanted("predict"):
-            jobs = max(1, cores() // study.compute.threads)
+            jobs = len(gpus.usable()) or max(1, cores() // study.compute.threads)  # as `run` does
             row = predict.predict(study, opened, jobs, OUTSIDE)
             found["prediction"] = row
             for stage, one in row["stages"].items():
