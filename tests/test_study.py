@@ -10,7 +10,7 @@ import pytest
 
 from cmrhpc import planning
 from cmrhpc.errors import BadInput
-from cmrhpc.study import GENERATORS, STUDIES, Study, parse_study
+from cmrhpc.study import GENERATORS, STUDIES, Study, arm_parts, cell_of, parse_study
 from tests.whole.conftest import cmrhpc
 
 
@@ -126,6 +126,12 @@ def test_a_conditional_generator_that_would_not_learn_its_classes_is_refused(stu
 def test_two_channels_are_refused(study_text: str) -> None:
     with pytest.raises(BadInput, match="channels"):
         parse_study(study_text.replace("image_size = 16", "image_size = 16\nchannels = 2"))
+
+
+def test_ratio_0_is_the_arm_without_synthetic_images() -> None:
+    study = parse_study((STUDIES / "fu2021.toml").read_text().replace("classes = []", 'classes = ["0", "1"]'))
+    told = {name: cell_of(name, 0.0, arm_parts(name, study)) for name in ("dae-gan", "dae-gan+affine", "repeat-real")}
+    assert told == {"dae-gan": ("none", 0.0), "dae-gan+affine": ("affine", 0.0), "repeat-real": ("none", 0.0)}
 
 
 def test_shipped_studies_have_the_task_counts_of_a_count_by_hand() -> None:

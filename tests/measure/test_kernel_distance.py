@@ -100,6 +100,18 @@ def test_distance_orders_blur_noise_and_grey() -> None:
     assert kd.kernel_distance(0 * real, held_out) > 5 * order[1]
 
 
+def test_the_floor_is_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[tuple[int, int]] = []
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        sides.append((len(a), len(b)))
+        return 0.0
+
+    monkeypatch.setattr(kd, "feature_distance", distance)
+    kd.real_floor(np.zeros((11, 1, 16, 16), np.float32))
+    assert set(sides) == {(5, 6)}
+
+
 def test_floor_of_patients_is_above_the_floor_of_images() -> None:
     """Images of one patient are alike, so halves of patients differ more than halves of images."""
     rng = np.random.default_rng(0)

@@ -91,6 +91,7 @@ def test_one_class_leaves_the_other_rate_undefined(only: int, defined: str, unde
         ),
         (lambda label, score: (label, score * np.inf), "not finite"),
         (lambda label, score: (label + 1, score), "labels outside"),
+        (lambda label, score: (label - 1, score), "labels outside"),
         (lambda label, score: (label[:-1], score), "do not fit"),
         (lambda label, score: (label[:0], score[:0]), "no image"),
         (lambda label, score: (label, score[:, :1]), "fewer than two classes"),

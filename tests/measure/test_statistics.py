@@ -193,6 +193,11 @@ def test_permutation_counts_all_swaps_of_few_patients() -> None:
     assert statistics.permutation(np.zeros(9), 0) == 1.0
 
 
+def test_permutation_never_says_that_chance_is_impossible() -> None:
+    """30 equal differences: the observed swap is one of those that count."""
+    assert statistics.permutation(np.ones(30), 0, draws=500) == pytest.approx(1 / 501)
+
+
 def test_permutation_of_equal_weights_is_the_exact_binomial() -> None:
     values = np.r_[np.ones(15), -np.ones(5)]
     assert statistics.permutation(values, 3) == pytest.approx(stats.binomtest(5, 20).pvalue, abs=0.006)

@@ -226,6 +226,17 @@ def test_leaks_are_found_by_image_and_by_patient(tmp_path: Path, study, one, sco
     ]
 
 
+def test_a_test_patient_in_validation_alone_is_a_leak(tmp_path: Path, study, one, scores) -> None:
+    _, validation, test = one.split[0, 1]
+    leaking = np.flatnonzero(test)[:1]
+    validation[leaking] = True
+    made.write(tmp_path, study, one, scores)
+    assert collect(tmp_path).leaks == [
+        "repeat 0 fold 1: 1 test image in validation (4 shards)",
+        f"repeat 0 fold 1: 1 test patient in validation: {one.patient[leaking[0]]} (4 shards)",
+    ]
+
+
 def write_made(root: Path, study, one, inputs: dict[str, str], leaking: tuple[int, int] | None) -> None:
     """Synthetic and refined shards of a whole workspace; in `leaking`, a (repeat, fold), trained on a test image."""
     for task in (t for stage in ("synthesize", "refine") for t in planning.tasks(study, stage)):

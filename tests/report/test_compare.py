@@ -191,7 +191,10 @@ def test_one_primary_and_holm_over_the_others_of_a_classifier_and_metric(tmp_pat
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {"none": 0.1, "dae-gan": 1.5}))
     result = evaluate(collect(tmp_path))
     found = result.comparisons
-    assert any(c.excludes_zero and c.p_corrected_t < 0.05 <= c.p_holm for c in found)
+    by_chance = [c for c in found if c.excludes_zero and not c.primary and c.p_corrected_t < 0.05 <= c.p_holm]
+    assert by_chance
+    assert not any(c.distinguishable for c in by_chance)
+    assert all(c.deciding_p == c.p_holm for c in by_chance)
     assert "an interval without 0 may stand beside the reading that an exploratory difference" in table_md(result)
     pairs = {(c.key[1], c.key[2], c.versus) for c in found}
     assert pairs == {("affine", 0.0, "none"), *(("dae-gan", r, v) for r in (1.0, 3.0) for v in ("none", "affine"))}
@@ -233,6 +236,32 @@ def test_a_patient_with_images_of_both_classes_is_one_patient_in_every_test(tmp_
         assert found[metric].n_patients == 24
     assert math.isnan(found["auc"].p_delong)
     assert math.isfinite(found["auc"].difference)
+
+
+def test_patients_of_a_rate_are_those_of_its_class(tmp_path: Path) -> None:
+    """The arm dae-gan reads 7 diseased patients better than none, and every normal one alike."""
+    study = made.study(arms="none dae-gan:3")
+    one = made.cohort(study, patients=(10, 14), images=1)
+    better = np.flatnonzero(one.label == 1)[:7]
+
+    def scores(task: planning.Task, rows: np.ndarray) -> np.ndarray:
+        wrong = np.isin(rows, better) & (task.arm == "none")
+        return np.eye(2)[np.where(wrong, 1 - one.label[rows], one.label[rows])]
+
+    made.write(tmp_path, study, one, scores)
+    found = {c.metric: c for c in evaluate(collect(tmp_path)).comparisons}
+    assert (found["sensitivity"].only_arm_right, found["sensitivity"].only_versus_right) == (7, 0)
+    assert found["sensitivity"].p_mcnemar == pytest.approx(stats.binomtest(0, 7).pvalue)
+    assert (found["specificity"].only_arm_right, found["specificity"].only_versus_right) == (0, 0)
+    assert found["specificity"].p_mcnemar == 1.0
+
+
+def test_the_interval_of_t_is_moved_to_the_pooled_difference() -> None:
+    """Folds of unequal size: the mean of their differences is not the pooled one."""
+    test = statistics.corrected_t([0.3, 0.1, 0.2, 0.05], 0.25)
+    flat = {"accuracy": np.full(50, 0.5)}
+    low, high = _wider(0.12, test, Pooled({}, flat, []), Pooled({}, flat, []), "accuracy", 20)
+    assert (low, high) == pytest.approx((test.low - test.mean + 0.12, test.high - test.mean + 0.12))
 
 
 def test_a_difference_that_is_undefined_has_no_p(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
 from cmrhpc.report.evaluate import Evaluator, PerPatient, Pooled
 from cmrhpc.report.published import FIGURES
-from cmrhpc.report.result import evaluate, figure_text, limit_text, p_text
+from cmrhpc.report.result import evaluate, figure_text, limit_text, p_text, ratio_arms
 from tests.report import made
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
@@ -472,6 +472,17 @@ def test_a_repeat_that_lacks_folds_weighs_as_much_as_it_tests(tmp_path: Path) ->
     assert row.drawn["accuracy"][:5] == pytest.approx([whole / (whole + part)] * 5, abs=1e-12)
     page = visible_text(aggregate(tmp_path).page.read_text())
     assert "a repeat that lacks folds weighs as much as it tests" in page
+
+
+def test_a_curve_begins_at_the_arm_without_synthetic_images(tmp_path: Path) -> None:
+    study = made.study(arms="none affine dae-gan:1,3 dae-gan+affine:1,3")
+    one = made.cohort(study)
+    made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {"affine": 2.0}))
+    result = evaluate(collect(tmp_path))
+    for arm, curve in ratio_arms(result)["resnet50"]:
+        base = "affine" if arm.endswith("+affine") else "none"
+        assert [ratio for ratio, _ in curve] == [0.0, 1.0, 3.0]
+        assert curve[0][1] is result.rows["resnet50", base, 0.0]
 
 
 def test_names_cannot_move_the_cursor_of_a_terminal(tmp_path: Path) -> None:
