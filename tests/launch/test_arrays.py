@@ -111,6 +111,15 @@ def test_what_is_queued_is_waited_for_and_not_sent_again(study_text: str) -> Non
     assert "78" in again[-1].after
 
 
+def test_refiners_of_a_fold_wait_for_the_queued_generator_and_for_the_one_that_is_sent(study_text: str) -> None:
+    missing = all_missing(parse_study(study_text), [COHORT, FOLDS])
+    first = missing["synthesize"][0]
+    left = missing | {"synthesize": missing["synthesize"][1:]}
+    arrays = {a.name: a for a in plan_arrays(left, PROFILE, queued={first.task.output: "77"})}
+    assert set(arrays["refine-r0f0"].after) == {"77", "synthesize-r0f0"}
+    assert len(arrays["refine-r0f0"].tasks) == 2
+
+
 def test_ingest_that_is_queued_is_needed(study_text: str) -> None:
     missing = all_missing(parse_study(study_text)) | {"ingest": []}
     arrays = plan_arrays(missing, PROFILE, queued={FOLDS: "5"})

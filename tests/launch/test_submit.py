@@ -279,6 +279,15 @@ def test_a_task_that_failed_by_itself_beside_one_out_of_time_gets_no_more(ready:
     assert [asked[i] for i in (1, 2)] == [6, 12]
 
 
+def test_a_failure_of_an_older_job_takes_no_time_from_a_newer_one(ready: Workspace, program: Put) -> None:
+    write_submission(ready, SENT)
+    ended(program, "COMPLETED", "TIMEOUT")
+    record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=1e8, job="6", element="1")
+    files.atomic_write(records.record_path(ready, "classify", 1), json.dumps(dataclasses.asdict(record)))
+    asked = {i: a.ask.seconds // 3600 for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
+    assert [asked[i] for i in (1, 2)] == [12, 12]
+
+
 def test_an_array_that_is_refused_holds_up_no_other(ready: Workspace, program: Put) -> None:
     """Only what asks for the same is not tried, and what would read its shards; all others go, and the report."""
     program("squeue", "exit 0")
@@ -336,6 +345,13 @@ def test_measured_seconds_are_what_is_expected(ready: Workspace, program: Put) -
     write_output(ready, task, task.output, seconds=1800.0)
     known = propose(ready).expected["synthesize"]
     assert (known.measured, known.tasks, known.gpu_hours) == (3, 3, 1.5)
+
+
+def test_tasks_that_share_a_gpu_take_it_as_long_as_the_longest(ready: Workspace, program: Put) -> None:
+    program("squeue", "exit 0")
+    shared = propose(ready, PROFILE + '[stages.synthesize]\ntasks_per_gpu = 2\ntime = "10:00:00"\n')
+    row = shared.expected["synthesize"]
+    assert (row.tasks, row.elements, row.gpu_hours) == (4, 2, 2 * 10.0)
 
 
 def test_limits_of_the_cluster_cut_the_arrays() -> None:
