@@ -112,8 +112,8 @@ def test_shrinking_averages_instead_of_skipping() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_shrinking_smooths_along_either_axis(axis: int) -> None:
     stripes = (np.indices((120, 120))[axis] % 2).astype(float)
-    small = geometry.linear(stripes[..., None], geometry.whole((120, 120), None, 30))
-    assert small[1:-1, 1:-1].std() < 1e-6
+    small = geometry.linear(stripes[..., None], geometry.whole((120, 120), None, 24))  # every fifth pixel: 0, 1, 0, 1
+    np.testing.assert_allclose(small[2:-2, 2:-2], 0.5, atol=1e-4)
 
 
 def test_share_outside_and_mask_kept() -> None:
