@@ -138,7 +138,7 @@ def ingest(
                 report.add(row, patients[i], cut)
                 summary.warnings += [f"row {row.number}: {text}" for text in cut.warnings]
                 progress(i + 1, len(rows))
-            summary.warnings[:0] = _mark_copies(report.cells)
+            summary.warnings[:0] = _mark_copies(report)
             _summarise(summary, report, labels, patients, classes, spacings, coloured)
             datasets: dict[str, np.ndarray | shards.Blocks] = {
                 "image": shards.Blocks(
@@ -380,20 +380,22 @@ def _summarise(
         summary.notes.append("some images were normalised by window, some by percentile: their values do not compare")
 
 
-def _mark_copies(report: Sequence[dict[str, Any]]) -> list[str]:
+def _mark_copies(report: _Report) -> list[str]:
     """Mark the rows whose image is, byte for byte, one of another patient or class; one warning of all of them."""
-    same: dict[str, list[dict[str, Any]]] = {}
-    for row in report:
-        same.setdefault(row[sources.IMAGE], []).append(row)
+    number, patient, label, image = (report.heading.index(name) for name in ("row", "patient", "label", sources.IMAGE))
+    same: dict[str, list[int]] = {}
+    for place, row in enumerate(report.rows):
+        same.setdefault(row[image], []).append(place)
     marked = []
-    for rows in same.values():
-        for row in rows:
-            other = next((o for o in rows if (o["patient"], o["label"]) != (row["patient"], row["label"])), None)
+    for places in same.values():
+        rows = [report.rows[place] for place in places]
+        for place, row in zip(places, rows, strict=True):
+            other = next((o for o in rows if (o[patient], o[label]) != (row[patient], row[label])), None)
             if other:
-                what = "patient" if other["patient"] != row["patient"] else "class"
-                told = f"the same image as row {other['row']}, of another {what}"
-                row["warning"] = "; ".join(filter(None, (row["warning"], told)))
-                marked.append((row["row"], other["row"], what))
+                what = "patient" if other[patient] != row[patient] else "class"
+                told = f"the same image as row {other[number]}, of another {what}"
+                report.warnings[place] = "; ".join(filter(None, (report.warnings[place], told)))
+                marked.append((row[number], other[number], what))
     if not marked:
         return []
     one, two, what = min(marked)
@@ -411,19 +413,25 @@ class _Report:
     """The table of what was done to each image, and its sums."""
 
     def __init__(self) -> None:
-        self.cells: list[dict[str, Any]] = []
+        self.heading: list[str] = []
+        self.rows: list[tuple[Any, ...]] = []  # of hundreds of thousands of images
+        self.warnings: list[str] = []  # the last column
         self.normalised: dict[str, dict[str, int]] = {}  # class -> images per kind
         self.clipped = 0.0
 
     def add(self, row: Row, patient: str, cut: Cut) -> None:
         cells: dict[str, Any] = {"row": row.number, "id": row.id, "patient": patient, "label": row.label}
-        self.cells.append(cells | cut.report | {"warning": "; ".join(cut.warnings)})
+        cells |= cut.report
+        self.heading = [*cells, "warning"]
+        self.rows.append(tuple(cells.values()))
+        self.warnings.append("; ".join(cut.warnings))
         self.normalised.setdefault(row.label, dict.fromkeys(KINDS, 0))[cut.report["normalised_by"]] += 1
         self.clipped += cut.report["clipped_low"] + cut.report["clipped_high"]
 
     def text(self) -> str:
         stream = io.StringIO()
         table = csv.writer(stream, lineterminator="\n")
-        table.writerow(self.cells[0])
-        table.writerows([csv_cell(value) for value in cells.values()] for cells in self.cells)
+        table.writerow(self.heading)
+        for cells, warning in zip(self.rows, self.warnings, strict=True):
+            table.writerow([csv_cell(value) for value in (*cells, warning)])
         return stream.getvalue()
