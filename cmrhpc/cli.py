@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmrhpc.arguments import STAGES, TYPED, parser
 from cmrhpc.errors import (
@@ -28,6 +28,9 @@ from cmrhpc.errors import (
 )
 from cmrhpc.near import did_you_mean
 from cmrhpc.signals import Stopped, held, stopping_at_once
+
+if TYPE_CHECKING:
+    from cmrhpc.stages.task import StopRequest
 
 
 def _say(value: Any, as_json: bool, text: str) -> None:
@@ -114,11 +117,11 @@ def _run_task(root: str, stage: str, given: int | None) -> None:
     with stop_on_signals(request):
         find_task(workspace, stage, index)  # one that is not there leaves neither log nor record
         try:
-            with to_log_too(workspace, stage, index):
+            with to_log_too(workspace, stage, index) as note:
                 records.write_record(workspace, stage, index, records.RUNNING)
-                message = run_task(workspace, stage, index, lines_of_one_task(), request)
+                message = run_task(workspace, stage, index, lines_of_one_task(), _asked_to_stop(stage, request))
                 records.write_record(workspace, stage, index, records.DONE, message)
-                print(message)
+                note(f"{message}\n")
         except Checkpointed as error:
             records.write_record(workspace, stage, index, records.STOPPED, error.what)
             if request.number == signal.SIGINT:
@@ -129,6 +132,15 @@ def _run_task(root: str, stage: str, given: int | None) -> None:
             state = records.DONE if told.kept else records.FAILED
             records.write_record(workspace, stage, index, state, str(told))
             raise
+    print(message)
+
+
+def _asked_to_stop(stage: str, request: StopRequest) -> Callable[[], bool]:
+    """Ingest keeps nothing: of Slurm's warning before the time limit it hears nothing, and runs into the limit, after
+    which the next submission asks for more."""
+    if stage == "ingest" and os.environ.get("SLURM_JOB_ID"):
+        return lambda: request.number not in (0, signal.SIGUSR1, signal.SIGUSR2)
+    return request
 
 
 def run(args: argparse.Namespace) -> int:

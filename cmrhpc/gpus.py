@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -28,10 +29,16 @@ def listed(visible: str | None, devices: Iterable[str]) -> list[str]:
 
 
 def usable() -> list[str]:
-    """The visible GPUs; none where CMRHPC_DEVICE decides, or where torch is missing or has no code for GPUs."""
-    if os.environ.get("CMRHPC_DEVICE", "") not in ("", "cuda") or not _torch_has_cuda():
+    """The visible GPUs; none where CMRHPC_DEVICE decides, or torch has no code for GPUs.
+
+    Those that nobody named count where the driver is new enough for torch: otherwise tasks compute on the CPU.
+    """
+    version = _cuda_of_torch()
+    if os.environ.get("CMRHPC_DEVICE", "") not in ("", "cuda") or not version:
         return []
-    return listed(os.environ.get("CUDA_VISIBLE_DEVICES"), os.listdir("/dev"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = listed(visible, os.listdir("/dev"))
+    return found if visible is not None or (found and driver_serves(version)) else []
 
 
 def least_used(gpus: Sequence[str], taken: Sequence[str]) -> str:
@@ -39,11 +46,23 @@ def least_used(gpus: Sequence[str], taken: Sequence[str]) -> str:
     return min(gpus, key=taken.count)
 
 
-def _torch_has_cuda() -> bool:
-    """Told by a file of torch, which would take seconds to import."""
+def driver_serves(version: str) -> bool:
+    """Whether this machine's driver runs programs of a version of CUDA: any of its first number, since CUDA 11."""
+    told = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(told)) != 0:
+            return False
+    except (OSError, AttributeError):
+        return False
+    return told.value // 1000 >= int(version.partition(".")[0])
+
+
+def _cuda_of_torch() -> str:
+    """The version of CUDA that torch was built for, empty without; told by a file of it: it takes seconds to import."""
     found = importlib.util.find_spec("torch")
     try:
         text = Path(found.origin).with_name("version.py").read_text() if found and found.origin else ""
     except OSError:
-        return False
-    return bool(re.search(r"(?m)^cuda\b.*=\s*['\"]", text))
+        return ""
+    match = re.search(r"(?m)^cuda\b.*=\s*['\"](\d+\.\d+)", text)
+    return match[1] if match else ""

@@ -359,6 +359,8 @@ class Judge:
 
         NFS remembers for a while that a name was not there, and asks its server anew when the folder is opened.
         """
+        if folder in self.opened:
+            return False
         root = self.workspace.root
         way = [path for path in (folder, *folder.parents) if path.is_relative_to(root) and path not in self.opened]
         for path in reversed(way):

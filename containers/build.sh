@@ -79,7 +79,7 @@ free=$(df --output=avail --block-size=1G "$unpack" | tail -n 1)
 if python3 -m pip --version > /dev/null 2>&1; then
     while IFS='=' read -r key value; do
         case ${key##*.} in
-            index-url | extra-index-url | trusted-host | proxy | cert | timeout | default-timeout | retries) ;;
+            index-url | extra-index-url | find-links | no-index | trusted-host | proxy | cert | timeout | default-timeout | retries) ;;
             *) continue ;;
         esac
         name=PIP_$(tr 'a-z-' 'A-Z_' <<< "${key##*.}")

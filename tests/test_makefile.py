@@ -31,8 +31,12 @@ def test_an_older_python_makes_no_environment_and_one_half_made_is_begun_anew(tm
     assert "make PYTHON=python3.11" in make("(3, 10)")
     assert asked.read_text() == ""
     assert "make PYTHON" not in make("(3, 11)")
+    assert asked.read_text() == "-m venv .venv\n"
+    make("(3, 11)")
     assert asked.read_text() == "-m venv --clear .venv\n"
-    ready.parent.mkdir()
+    (tmp_path / ".venv" / "begun").unlink()
+    make("(3, 11)")
+    assert asked.read_text() == "-m venv .venv\n"  # somebody's own is not cleared
     ready.touch()
     os.utime(ready, (0, 0))
     make("(3, 11)")

@@ -138,7 +138,7 @@ def ingest(
                 report.add(row, patients[i], cut)
                 summary.warnings += [f"row {row.number}: {text}" for text in cut.warnings]
                 progress(i + 1, len(rows))
-            summary.warnings[:0] = _mark_copies(report)
+            summary.warnings[:0] = _mark_copies(report, groups)
             _summarise(summary, report, labels, patients, classes, spacings, coloured)
             datasets: dict[str, np.ndarray | shards.Blocks] = {
                 "image": shards.Blocks(
@@ -380,28 +380,31 @@ def _summarise(
         summary.notes.append("some images were normalised by window, some by percentile: their values do not compare")
 
 
-def _mark_copies(report: _Report) -> list[str]:
-    """Mark the rows whose image is, byte for byte, one of another patient or class; one warning of all of them."""
-    number, patient, label, image = (report.heading.index(name) for name in ("row", "patient", "label", sources.IMAGE))
+def _mark_copies(report: _Report, groups: Sequence[str]) -> list[str]:
+    """Mark the rows whose image is, byte for byte, that of another class, or of another group: of what folds keep
+    together, a patient or with `group_by = "image"` one image. One warning of all of them."""
+    number, label, image = (report.heading.index(name) for name in ("row", "label", sources.IMAGE))
     same: dict[str, list[int]] = {}
     for place, row in enumerate(report.rows):
         same.setdefault(row[image], []).append(place)
     marked = []
     for places in same.values():
-        rows = [report.rows[place] for place in places]
-        for place, row in zip(places, rows, strict=True):
-            other = next((o for o in rows if (o[patient], o[label]) != (row[patient], row[label])), None)
-            if other:
-                what = "patient" if other[patient] != row[patient] else "class"
-                told = f"the same image as row {other[number]}, of another {what}"
+        for place in places if len(places) > 1 else ():
+            row = report.rows[place]
+            across = next((p for p in places if groups[p] != groups[place]), None)
+            unlike = next((p for p in places if report.rows[p][label] != row[label]), None)
+            other = across if across is not None else unlike
+            if other is not None:
+                why = "which folds may part" if across is not None else "of another class"
+                told = f"the same image as row {report.rows[other][number]}, {why}"
                 report.warnings[place] = "; ".join(filter(None, (report.warnings[place], told)))
-                marked.append((row[number], other[number], what))
+                marked.append((row[number], report.rows[other][number], across is not None))
     if not marked:
         return []
-    one, two, what = min(marked)
-    told = f"rows {one} and {two} are the same image under two {'patients' if what == 'patient' else 'classes'}"
-    mend = "give them one patient id and one class, or leave one out"
-    return [f"{told} ({len(marked)} such rows in all): training and test can share it; {mend}"]
+    one, two, crosses = min(marked)
+    what = "training and test can share it" if crosses else "it cannot be of both classes"
+    told = f"rows {one} and {two} are the same image ({len(marked)} such rows in all): {what}"
+    return [f"{told}; give them one patient id and one class, or leave one out"]
 
 
 def _short(value: float) -> float:

@@ -112,7 +112,7 @@ def read_heading(raw: Path, table: str = "cohort.csv") -> list[str]:
 
 def normalised_apart(kinds: Mapping[str, Mapping[str, int]]) -> str:
     """Class -> images per kind of normalisation: in words, where the shares differ between classes; else empty."""
-    shares = {tuple(n / (sum(one.values()) or 1) for n in one.values()) for one in kinds.values()}
+    shares = {tuple(n / total for n in one.values()) for one in kinds.values() if (total := sum(one.values()))}
     if len(shares) < 2:
         return ""
     told = [

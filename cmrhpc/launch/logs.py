@@ -7,12 +7,13 @@ import io
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from cmrhpc import files
-from cmrhpc.errors import explained
+from cmrhpc.errors import CmrhpcError, explained
 from cmrhpc.workspace import Workspace
 
 
@@ -37,34 +38,50 @@ def all_to_log(workspace: Workspace, stage: str, index: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def to_log_too(workspace: Workspace, stage: str, index: int) -> Iterator[None]:
-    """What Python prints goes to the task's log as well, and an error; not where all output goes there already."""
+def to_log_too(workspace: Workspace, stage: str, index: int) -> Iterator[Callable[[str], None]]:
+    """What Python prints goes to the task's log as well, and an error; not where all output goes there already.
+
+    Gives what adds to the log alone. Of an error that no message foresees the log has the traceback.
+    """
     if _is_output(workspace.log_path(stage, index)):  # task.sh sees to it
-        yield
+        try:
+            yield lambda text: None
+        except Exception as error:
+            sys.stdout.write(_traceback(error))
+            raise
         return
-    handle = _open(workspace, stage, index)
+    handle, closed = _open(workspace, stage, index), False
 
     def note(text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk loses lines of a log and no result
-            os.write(handle, text.encode("utf-8", "backslashreplace"))
+            if not closed:
+                os.write(handle, text.encode("utf-8", "backslashreplace"))
 
     try:
         note(f"{_heading(stage, index)}\n")
         out, errors = _Both(sys.stdout, note), _Both(sys.stderr, note)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            yield
+            yield note
     except Exception as error:
-        note(f"{explained(error)}\n")
+        note(f"{_traceback(error)}{explained(error)}\n")
         raise
     finally:
+        closed = True  # who keeps the stream, as a logging handler does, writes to it only
         os.close(handle)
 
 
-class _Both(io.TextIOBase):
-    """A stream that notes what is written to it."""
+def _traceback(error: Exception) -> str:
+    """Of a fault of the program; an OSError may name a file, and so a patient."""
+    if isinstance(error, CmrhpcError | MemoryError | OSError):
+        return ""
+    return "".join(traceback.format_exception(error))
 
-    def __init__(self, stream: TextIO, note: Callable[[str], None]):
-        self._stream, self._note = stream, note
+
+class _Both(io.TextIOBase):
+    """A stream that notes what is written to it. There is no stream where it was closed."""
+
+    def __init__(self, stream: TextIO | None, note: Callable[[str], None]):
+        self._stream, self._note = stream or io.StringIO(), note
 
     def write(self, text: str) -> int:
         self._note(text)

@@ -168,7 +168,10 @@ def accounting(jobs: Iterable[str]) -> dict[str, Element] | None:
         return {}
     columns = "jobid,state,exitcode,nodelist"
     command = ["sacct", "--noheader", "--parsable2", "--duplicates", "--array"]
-    answer = ask([*command, f"--jobs={','.join(wanted)}", f"--format={columns}"])
+    command += [f"--jobs={','.join(wanted)}", f"--format={columns}"]
+    answer = ask(command)
+    if answer.code != 0:  # steps are several lines for each element: too many for a slow database
+        answer = ask([*command, "--allocations"])
     return parse_accounting(answer.out) if answer.code == 0 else None
 
 
@@ -186,7 +189,7 @@ def parse_accounting(text: str) -> dict[str, Element]:
         key, step, _ = name.partition(".")
         if step:
             job = found.get(key)
-            if job and words == "OUT_OF_MEMORY" and job.ended and job.state != "COMPLETED":
+            if job and words == "OUT_OF_MEMORY" and job.state == "FAILED":
                 found[key] = replace(job, state=words)
             continue
         state, _, by = words.partition(" by ")

@@ -241,8 +241,9 @@ def more_for_what_lacked_it(
             for task in ((submission.stage, index) for index in indices):
                 if task not in wanted or state not in ("TIMEOUT", "OUT_OF_MEMORY"):
                     continue
-                record = read_record(record_path(workspace, *task)) if state == "TIMEOUT" else None
-                if record and record.state == FAILED and record.key == submission.key(k):
+                record = read_record(record_path(workspace, *task))
+                own = record and record.state == FAILED and record.key == submission.key(k)
+                if own and "out of memory" not in record.reason:  # type: ignore[union-attr]
                     continue
                 asked = profile.resources(submission.stage)
                 seconds, memory = more.get(task, (asked.seconds, memory_mb(asked.memory)))

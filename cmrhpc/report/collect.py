@@ -7,6 +7,7 @@ cannot be measured is refused: its cell counts as missing and the reason is kept
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -205,10 +206,9 @@ def _newest_study(found: dict[str, _Found]) -> tuple[Study, str]:
 class Asked:
     """Whether a shard is what the study asks for; inputs are compared where they are at hand."""
 
-    def __init__(self, root: Path, study: Study, reference: dict[str, str], weights: Mapping[str, str]):
+    def __init__(self, root: Path, study: Study, reference: dict[str, str]):
         self.root, self.study = root, study
         self.reference = reference  # content hashes of cohort and folds when the files are not at hand
-        self.weights = weights  # by classifier the hash of the file that it starts from; none: from random weights
         self.makers = {t.output: t for stage in ("synthesize", "refine") for t in planning.tasks(study, stage)}
         self.headers: dict[str, shards.Shard | None] = {}
         self.verdicts: dict[str, str] = {}
@@ -247,8 +247,6 @@ class Asked:
                     self.verdicts[path] = self.reason(self.makers[path], source)
                 if self.verdicts[path]:
                     return f"{path}: {self.verdicts[path]}"
-        if header.inputs.get(WEIGHTS) != self.weights.get(task.classifier):
-            return "it was trained from other start weights"
         return ""
 
 
@@ -287,11 +285,9 @@ def collect(folder: Path) -> Collection:
     tasks = {task.output: task for task in expected}
 
     # Accept what the study asks for; refuse the rest with its reason.
-    order = sorted(found, key=lambda name: (name in tasks, str(found[name].shard.info.get("written", "")), name))
-    reference = {path: found[order[-1]].shard.inputs.get(path, "") for path in (COHORT, FOLDS)}
-    newest = {tasks[name].classifier: found[name].shard for name in order if name in tasks}
-    weights = {name: shard.inputs[WEIGHTS] for name, shard in newest.items() if WEIGHTS in shard.inputs}
-    asked = Asked(root, study, reference, weights)
+    newest = max(found, key=lambda name: (name in tasks, str(found[name].shard.info.get("written", "")), name))
+    reference = {path: found[newest].shard.inputs.get(path, "") for path in (COHORT, FOLDS)}
+    asked = Asked(root, study, reference)
     accepted: dict[str, _Found] = {}
     unasked = []
     for name, one in found.items():
@@ -303,6 +299,9 @@ def collect(folder: Path) -> Collection:
             refused[name] = reason
         else:
             accepted[name] = one
+    for name in _other_start(root, study, accepted, tasks):
+        del accepted[name]
+        refused[name] = "it was trained from other start weights"
     if not accepted:
         why = next((f"{name}: {refused[name]}" for name in tasks if name in refused), "none is of this study")
         mend = "compute the predictions of this study, or copy the study.toml that belongs to them"
@@ -373,6 +372,20 @@ def _made_from(
         if made_from.dtype.kind == "S" and made_from.ndim == 1:
             found[path] = {"id": by_fold[task.repeat, task.fold], "made_from_id": pool.keep(made_from)}
     return found, len(behind) - len(found)
+
+
+def _other_start(root: Path, study: Study, accepted: Mapping[str, _Found], tasks: Mapping[str, Task]) -> list[str]:
+    """Predictions whose classifier was trained from other weights than now, or where these are not at hand than the
+    newest. A shard that tells none is believed, as by the plan: another path of the file is another setting."""
+    told = {name: one.shard.inputs[WEIGHTS] for name, one in accepted.items() if WEIGHTS in one.shard.inputs}
+    right: dict[str, str] = {}
+    for name in sorted(told, key=lambda name: (str(accepted[name].shard.info.get("written", "")), name)):
+        right[tasks[name].classifier] = told[name]
+    for classifier in right if (root / "study.toml").is_file() else ():
+        if text := study.classifiers[classifier].weights:
+            with contextlib.suppress(OSError):
+                right[classifier] = shards.sha256_file(root / text)
+    return [name for name, value in told.items() if value != right[tasks[name].classifier]]
 
 
 def _normalised(cohort: Shard | None) -> Normalised | None:

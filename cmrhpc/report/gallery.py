@@ -69,7 +69,7 @@ class _Images:
 
     def __init__(self, collection: Collection, notes: list[str]):
         self.root, self.study, self.notes = collection.root, collection.study, notes
-        self.asked = Asked(self.root, self.study, {}, {})
+        self.asked = Asked(self.root, self.study, {})
         self.cohort, self.folds = self._open(COHORT, "cohort-1"), self._open(FOLDS, "folds-1")
         if self.cohort and self.folds:
             self.rows = {image: row for row, image in enumerate(self.cohort.strings("id"))}

@@ -24,7 +24,7 @@ def fault(result: AggregateResult, root: Path) -> CmrhpcError | None:
     """What whoever makes a report ends with: leaks, else missing predictions, else nothing."""
     if result.leaks:
         what = f"{len(result.leaks)} leaks: patients are in training and in test"
-        return Damage(what, result.leaks[0], "the page lists them; find out how these shards were made")
+        return Damage(what, "", "the page lists them; find out how these shards were made", result.leaks[0])
     if result.n_missing:
         what = f"{result.n_missing} of {result.n_expected} predictions are missing; the tables show where"
         return Incomplete(what, str(root), "cmrhpc run (or submit) makes what is missing, then aggregate again")

@@ -24,7 +24,7 @@ from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.files import atomic_write, is_linked, open_plain
 
 SUFFIX = ".checkpoint"
-FORMAT = 3  # raised whenever a trainer goes on in another way from the same tensors
+FORMAT = 4  # raised whenever a trainer goes on in another way from the same tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")

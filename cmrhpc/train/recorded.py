@@ -27,6 +27,7 @@ Capture = Callable[[Callable[[], O]], tuple[Callable[[], None], O]]
 PLAIN = 2  # steps before the recording: shapes settle, libraries choose their ways and reserve their memory
 CHECKS = 2  # replays that are held against the plain step
 TOLERANCE = 0.05  # of what the step itself changes; a stale input or a lost update is off by all of it
+ODD = 0.02  # share of tensors that may differ: the changes of a few are mere rounding, divided by its own size
 
 
 def cuda_graph(step: Callable[[], O]) -> tuple[Callable[[], None], O]:
@@ -76,24 +77,34 @@ class Recorded(Generic[I, O]):
 
     def _record(self, inputs: I) -> None:
         """Record the step; the state stays as it is."""
-        before = _values(self.state())
+        before: list[Tensor] = []
         try:
+            before = _values(self.state())
             self.held = _copied(inputs)
             self.replay, self.outputs = self.capture(lambda: self.step(self.held))  # type: ignore[arg-type]
         except RuntimeError as error:  # no memory for it, or something that cannot be recorded
             self._give_up(str(error).partition("\n")[0])
-        _restore(self.state(), before)
+        if before:
+            _restore(self.state(), before)
 
     def _checked(self, inputs: I) -> O:
         """One step in both ways, from the same state."""
         assert self.replay is not None
-        before = _values(self.state())
-        wanted = self.step(inputs)
-        after = _values(self.state())
+        before: list[Tensor] = []
+        try:  # the plain step needs memory of its own beside the recorded one's
+            before = _values(self.state())
+            wanted = self.step(inputs)
+            after = _values(self.state())
+        except torch.OutOfMemoryError:
+            if before:
+                _restore(self.state(), before)
+            self._give_up("there is no memory for it beside the plain step, which it is held against")
+            return self.step(inputs)
         _restore(self.state(), before)
         self.replay()
         made, now = self.outputs, self.state()
-        agrees = all(_near(b, a, n) for b, a, n in zip(before, after, now, strict=True))
+        odd = sum(not _near(b, a, n) for b, a, n in zip(before, after, now, strict=True))
+        agrees = odd <= ODD * len(now)
         pairs = zip(_tensors(wanted), _tensors(made), strict=True)
         if agrees and all(torch.allclose(a, b, rtol=TOLERANCE, equal_nan=True) for a, b in pairs):
             return _copied(made)
@@ -105,6 +116,8 @@ class Recorded(Generic[I, O]):
         self.trouble = why
         warnings.warn(f"training goes on without a CUDA graph, slower: {why}", RuntimeWarning, stacklevel=4)
         self.held = self.outputs = self.replay = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what the recording held
 
 
 def _near(before: Tensor, after: Tensor, now: Tensor) -> bool:

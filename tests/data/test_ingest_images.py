@@ -18,6 +18,7 @@ from cmrhpc.data import ingest as module
 from cmrhpc.data.ingest import Summary, ingest
 from cmrhpc.errors import BadInput
 from cmrhpc.shards import Shard, read_shard
+from cmrhpc.study import Folds
 from tests.data.raw_folder import disc, make_raw, picture, save, settings, write_table
 from tests.data.test_geometry import slow_linear
 
@@ -300,13 +301,18 @@ def test_one_image_under_two_patients_or_classes_is_told_once_and_marked(tmp_pat
     shard, summary = run(tmp_path)
     told = {int(row["row"]): row["warning"] for row in report(shard) if row["warning"]}
     assert told == {
-        3: "the same image as row 9, of another patient",
-        9: "the same image as row 3, of another patient",
+        3: "the same image as row 9, which folds may part",
+        9: "the same image as row 3, which folds may part",
         11: "the same image as row 12, of another class",
         12: "the same image as row 11, of another class",
     }
     (warning,) = summary.warnings
-    assert warning.startswith("rows 3 and 9 are the same image under two patients (4 such rows in all)")
+    told_once = "rows 3 and 9 are the same image (4 such rows in all): training and test can share it; give them"
+    assert warning.startswith(told_once)
+    # Where folds part images, both of patient 2 may be parted too.
+    out, folds = tmp_path / "ws" / "cohort.h5", Folds(k=2, group_by="image")
+    summary = ingest(settings(), CLASSES, tmp_path / "raw", out, folds=folds)
+    assert "rows 3 and 9 are the same image (6 such rows in all)" in summary.warnings[0]
 
 
 def test_no_cell_of_the_report_is_a_formula(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def test_queue_as_printed() -> None:
     }
 
 
+STATES = ("FAILED", "TIMEOUT", "CANCELLED", "PREEMPTED", "COMPLETED")
+
+
 def test_accounting_as_printed() -> None:
     assert slurm.parse_accounting(ACCOUNTING) == {
         "4": Element("COMPLETED", node="n1"),
@@ -67,6 +70,11 @@ def test_accounting_as_printed() -> None:
         "11": Element("RUNNING", node="n2", before=("OUT_OF_MEMORY",)),
         "14": Element("COMPLETED", node="n1"),
     }
+
+
+def test_a_step_out_of_memory_explains_a_failure_and_nothing_else() -> None:
+    text = "".join(f"{job}|{state}|0:0|n1\n{job}.0|OUT_OF_MEMORY|0:125|n1\n" for job, state in enumerate(STATES, 1))
+    assert [e.state for e in slurm.parse_accounting(text).values()] == ["OUT_OF_MEMORY", *STATES[1:]]
 
 
 def test_partitions_as_printed() -> None:

@@ -241,6 +241,17 @@ def test_a_step_out_of_memory_asks_for_more_though_its_job_only_failed(ready: Wo
         ]
 
 
+def test_a_task_that_failed_by_itself_beside_one_out_of_memory_gets_no_more(ready: Workspace, program: Put) -> None:
+    write_submission(ready, SENT)
+    ended(program, "COMPLETED", "OUT_OF_MEMORY")
+    for index, why in ((1, "disk full"), (2, "out of memory")):
+        record = Record(records.FAILED, why, host="n1", pid=1, start="1", time=2e9, job="7", element="1")
+        files.atomic_write(records.record_path(ready, "classify", index), json.dumps(dataclasses.asdict(record)))
+    found = propose(ready, PROFILE + '[stages.classify]\nmemory = "4G"\n').arrays
+    asked = {i: a.ask.memory // 1024 for a in found if a.stage == "classify" for i in a.tasks}
+    assert [asked[i] for i in (1, 2)] == [4, 16]
+
+
 def test_no_more_than_the_profile_allows(ready: Workspace, program: Put) -> None:
     write_submission(ready, dataclasses.replace(SENT, time_limit_s=15 * 3600, memory="20G"))
     ended(program, "OUT_OF_MEMORY", "TIMEOUT")
