@@ -113,7 +113,7 @@ def test_errors_are_one_message_with_their_exit_code(
 def test_a_task_whose_words_nobody_can_read_is_done_all_the_same(tmp_path: Path, study_text: str) -> None:
     root = make_workspace(tmp_path, study_text)
     command = f"{sys.executable} -m cmrhpc ingest {root} >&-"
-    assert subprocess.run(["bash", "-c", command], check=False).returncode in (0, 3, 4)
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
     assert read_record(root / "logs" / "ingest_0.json").state == "done"
     assert "images" in (root / "logs" / "ingest_0.log").read_text()
 

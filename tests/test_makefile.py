@@ -8,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_an_older_python_makes_no_environment_and_one_half_made_is_begun_anew(tmp_path: Path) -> None:
     """A program stands in for Python: of some version, and it notes what else it is asked for."""
     for name in ("Makefile", "pyproject.toml"):

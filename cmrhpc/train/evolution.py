@@ -25,7 +25,7 @@ from cmrhpc.train import losses
 from cmrhpc.train.compute import sent
 from cmrhpc.train.diffaugment import Views, augment
 from cmrhpc.train.flat import Flat, Rates, adam_children, adam_rates, adam_step
-from cmrhpc.train.recorded import Recorded
+from cmrhpc.train.recorded import Capture, Recorded, cuda_graph
 from cmrhpc.train.taps import Taps
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 
@@ -50,10 +50,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class _Given:
-    """What a generation reads beside its state."""
+    """What a recorded generation reads beside its state."""
 
     draws: Draws
-    rates: Tensor | None  # (T + 1, 2) Adam's of the D steps and of the offspring; None on the CPU
+    rates: Tensor  # (T + 1, 2) Adam's of the D steps and of the offspring
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ class Evolution:
         # On a GPU generations with and without scores are recorded, each when it comes.
         self.recorded: dict[bool, Recorded[_Given, Outcome]] = {}
         if self.g.vector.device.type == "cuda":
-            self.recorded = {
-                s: Recorded(functools.partial(self._generation, score=s), self.state) for s in (True, False)
-            }
+            self.recorded = {score: self.recording(score) for score in (True, False)}
 
     def generation(self, draws: Draws, score: bool = True) -> Outcome:
         """Train D, make every parent's offspring, score them, keep the best with their own optimizer states.
@@ -151,11 +149,15 @@ class Evolution:
         offspring = len(self.parents) * len(self.mutations)
         score = score or offspring > self.survivors
         if not self.recorded:
-            return self._generation(_Given(draws, None), score, rates)
+            return self._generation(draws, rates, score)
         numbers = torch.tensor(rates, dtype=self.g.vector.dtype)
         given = _Given(draws, sent(numbers, self.g.vector.device))
         settled = min(offspring, self.survivors) == len(self.parents)  # until then parents multiply
-        return self.recorded[score](given) if settled else self._generation(given, score)
+        return self.recorded[score](given) if settled else self._generation(draws, given.rates, score)
+
+    def recording(self, score: bool, capture: Capture = cuda_graph) -> Recorded[_Given, Outcome]:
+        """A generation that is recorded when it is called."""
+        return Recorded(lambda given: self._generation(given.draws, given.rates, score), self.state, capture)
 
     def state(self) -> list[Tensor]:
         """Everything that a generation changes, the same memory once there are as many parents as survive."""
@@ -165,8 +167,7 @@ class Evolution:
 
     # The parts of a generation.
 
-    def _generation(self, given: _Given, score: bool, rates: Sequence[Rates] = ()) -> Outcome:
-        draws, rates = given.draws, rates if given.rates is None else list(given.rates)
+    def _generation(self, draws: Draws, rates: Sequence[Rates] | Tensor, score: bool) -> Outcome:
         steps = [self._train_discriminator(draws, t, rates[t]) for t in range(len(draws.real))]
         loss_g, gradients, buffers = self._mutate(draws)
 

@@ -19,10 +19,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-I = TypeVar("I")
-O = TypeVar("O")
+In = TypeVar("In")  # a tensor, None, or a dataclass of such
+Out = TypeVar("Out")
 
-Capture = Callable[[Callable[[], O]], tuple[Callable[[], None], O]]
+Capture = Callable[[Callable[[], Out]], tuple[Callable[[], None], Out]]
 
 PLAIN = 2  # steps before the recording: shapes settle, libraries choose their ways and reserve their memory
 CHECKS = 2  # replays that are held against the plain step
@@ -30,7 +30,7 @@ TOLERANCE = 0.05  # of what the step itself changes; a stale input or a lost upd
 ODD = 0.02  # share of tensors that may differ: the changes of a few are mere rounding, divided by its own size
 
 
-def cuda_graph(step: Callable[[], O]) -> tuple[Callable[[], None], O]:
+def cuda_graph(step: Callable[[], Out]) -> tuple[Callable[[], None], Out]:
     """(replay, outputs): `outputs` lie where each replay writes them. The step runs once, before it is recorded."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -43,23 +43,22 @@ def cuda_graph(step: Callable[[], O]) -> tuple[Callable[[], None], O]:
     return graph.replay, outputs
 
 
-class Recorded(Generic[I, O]):
+class Recorded(Generic[In, Out]):
     """Calls `step(inputs) -> outputs`, from the third call on by replaying it.
 
     step: reads its inputs and the state, changes the state in place. state: the tensors that a step changes, always the
-    same memory from the second step on. capture: `cuda_graph`. trouble: why the plain
-    step is used, if it is.
+    same memory from the second step on. capture: `cuda_graph`. trouble: why the plain step is used, if it is.
     """
 
-    def __init__(self, step: Callable[[I], O], state: Callable[[], list[Tensor]], capture: Capture = cuda_graph):
+    def __init__(self, step: Callable[[In], Out], state: Callable[[], list[Tensor]], capture: Capture = cuda_graph):
         self.step, self.state, self.capture = step, state, capture
         self.plain, self.checks = PLAIN, CHECKS
         self.trouble = ""
-        self.held: I | None = None
-        self.outputs: O | None = None
+        self.held: In | None = None
+        self.outputs: Out | None = None
         self.replay: Callable[[], None] | None = None
 
-    def __call__(self, inputs: I) -> O:
+    def __call__(self, inputs: In) -> Out:
         if self.plain:
             self.plain -= 1
             return self.step(inputs)
@@ -75,7 +74,7 @@ class Recorded(Generic[I, O]):
         self.replay()
         return _copied(self.outputs)
 
-    def _record(self, inputs: I) -> None:
+    def _record(self, inputs: In) -> None:
         """Record the step; the state stays as it is."""
         before: list[Tensor] = []
         try:
@@ -87,7 +86,7 @@ class Recorded(Generic[I, O]):
         if before:
             _restore(self.state(), before)
 
-    def _checked(self, inputs: I) -> O:
+    def _checked(self, inputs: In) -> Out:
         """One step in both ways, from the same state."""
         assert self.replay is not None
         before: list[Tensor] = []

@@ -51,8 +51,7 @@ class HistoryBuffer:
             self.filled += count
             return fresh
         half = min(len(fresh) // 2, len(self.images))
-        places = torch.randperm(len(self.images), generator=rng)[:half]
-        places = sent(places, self.images.device)
+        places = sent(torch.randperm(len(self.images), generator=rng)[:half], self.images.device)
         batch = torch.cat([self.images[places], fresh[: len(fresh) - half]])
         self.images[places] = fresh[len(fresh) - half :]
         return batch

@@ -281,22 +281,17 @@ def test_no_more_time_than_the_partition_gives(ready: Workspace, program: Put) -
         assert f" (max_time of the {whose})" in found.notes[0]
 
 
-def test_a_task_that_failed_by_itself_beside_one_out_of_time_gets_no_more(ready: Workspace, program: Put) -> None:
+@pytest.mark.parametrize(("job", "hours"), [("7", 6), ("6", 12)])
+def test_a_task_that_failed_by_itself_beside_one_out_of_time_gets_no_more(
+    ready: Workspace, program: Put, job: str, hours: int
+) -> None:
+    """Where it failed in that very job: of an older one nothing follows."""
     write_submission(ready, SENT)
     ended(program, "COMPLETED", "TIMEOUT")
-    record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=2e9, job="7", element="1")
+    record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=1e8, job=job, element="1")
     files.atomic_write(records.record_path(ready, "classify", 1), json.dumps(dataclasses.asdict(record)))
     asked = {i: a.ask.seconds // 3600 for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
-    assert [asked[i] for i in (1, 2)] == [6, 12]
-
-
-def test_a_failure_of_an_older_job_takes_no_time_from_a_newer_one(ready: Workspace, program: Put) -> None:
-    write_submission(ready, SENT)
-    ended(program, "COMPLETED", "TIMEOUT")
-    record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=1e8, job="6", element="1")
-    files.atomic_write(records.record_path(ready, "classify", 1), json.dumps(dataclasses.asdict(record)))
-    asked = {i: a.ask.seconds // 3600 for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
-    assert [asked[i] for i in (1, 2)] == [12, 12]
+    assert [asked[i] for i in (1, 2)] == [hours, 12]
 
 
 def test_an_array_that_is_refused_holds_up_no_other(ready: Workspace, program: Put) -> None:

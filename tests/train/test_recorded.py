@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ from cmrhpc.train import recorded
 from cmrhpc.train.classify import Training
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.diffaugment import Views
-from cmrhpc.train.evolution import Evolution, _Given
+from cmrhpc.train.evolution import Evolution
 from cmrhpc.train.gan import _Run
 from cmrhpc.train.recorded import Recorded
 from tests.train import small
@@ -66,7 +65,7 @@ def record(e: Evolution, capture: recorded.Capture = recording) -> Evolution:
     """What an Evolution does on a GPU, where it records a CUDA graph."""
     if e.recorded:
         return e
-    e.recorded = {s: Recorded(functools.partial(e._generation, score=s), e.state, capture) for s in (True, False)}
+    e.recorded = {score: e.recording(score, capture) for score in (True, False)}
     return e
 
 
@@ -223,9 +222,9 @@ def test_a_generation_asks_nothing_of_the_device(kind: str, spectral: bool, monk
     draws = on_meta(dataclasses.replace(given, views=Views.draw(1, 6, 7, rng, torch.device("cpu"))))
     rates = torch.ones(2, 2, device="meta")
     run = _Run(Generator(ema=0.99), meta, rng, lambda entry: None)
-    meta._generation(_Given(draws, rates), True)  # fills caches
+    meta._generation(draws, rates, True)  # fills caches
     with _OnDevice():
-        outcome = meta._generation(_Given(draws, rates), True)
+        outcome = meta._generation(draws, rates, True)
         run.count(outcome)
         run.average(0.9)
     assert outcome.f_d.shape == (6,)
