@@ -10,12 +10,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WEEK_S = 7 * 24 * 3600
+KEPT = 2  # of each name, the last used: an image alone takes 3 GB
 
 
 def folder() -> Path:
@@ -37,7 +36,7 @@ def key_of(*recipe: str | Path | Iterable[str]) -> str:
 def cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
     """``folder()/name-key``; when missing, ``build(temporary)`` makes it and it is renamed in one step.
 
-    One builder at a time: others wait and find it done. What was not used for a week under another key is removed.
+    One builder at a time: others wait and find it done. All but the last two used of a name are removed.
     """
     target = folder() / f"{name}-{key}"
     with open(folder() / f"{name}.lock", "w") as lock:
@@ -48,16 +47,21 @@ def cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
             build(temporary)
             temporary.rename(target)
         os.utime(target)
-        for old in folder().glob(f"{name}-*"):
-            if time.time() - old.stat().st_mtime > WEEK_S:
+        for old in sorted(folder().glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            if not mounted(old):  # else another clone's tests run on it
                 remove(old)
     return target
 
 
+def mounted(path: Path) -> bool:
+    """Whether anything is mounted below a folder."""
+    points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return any(Path(point).is_relative_to(path) for point in points)
+
+
 def remove(path: Path) -> None:
     """Delete a folder of the cache; refuse while anything is mounted below it."""
-    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    if any(Path(point).is_relative_to(path) for point in mounted):
+    if mounted(path):
         raise RuntimeError(f"{path} holds a mount; not deleting it")
     if path.exists():
         shutil.rmtree(path)
