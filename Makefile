@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/cmrhpc run $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and (not cluster or smoke)"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and (not cluster or smoke)"
 
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m "cluster and not slow"
