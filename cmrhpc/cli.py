@@ -230,7 +230,8 @@ def verify(args: argparse.Namespace) -> int:
         if args.json:
             return Damage.exit_code
         what = f"{len(result.damaged)} damaged, {len(result.leaks)} leaks"
-        raise Damage(what, args.workspace, "`cmrhpc run` makes the damaged part again; a leak needs its cause mended")
+        mend = "`cmrhpc run` (or submit) makes the damaged part again; a leak needs its cause mended"
+        raise Damage(what, args.workspace, mend)
     if not result.shards:
         what = f"nothing to verify: no task is done yet, {result.missing} are missing"
         raise Incomplete(what, args.workspace, "`cmrhpc run` (or submit) makes the study")

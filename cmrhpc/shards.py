@@ -69,19 +69,18 @@ class Header:
     files: dict[str, str]
     info: dict[str, Any]
     data_sha256: dict[str, str]
+    identity: tuple[int, ...]  # of the file that was read, its inode number first
 
 
 @dataclass(frozen=True)
 class Shard(Header):
     """A shard whose checksum held when it was read. `shard["image"]` reads one dataset.
 
-    identity: of the file that was checked. Where another lies there now, or it was written to, it is checked again and
-    must have the same content.
+    If the file was replaced or modified since, it is checked again and must have the same content.
     """
 
     path: Path = field(default=Path())
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    identity: tuple[int, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -176,13 +175,14 @@ def write_shard(
     attributes: Mapping[str, Any] | None = None,
     companions: Mapping[str, bytes] | None = None,
     info: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> str:
     """Write a shard and its companions; companions are renamed first, the shard last. Returns the content hash.
 
     attributes: JSON-able values that are content (classes, best step).
     info: texts and numbers that are not (seconds, device).
     companions: file ending -> bytes, written beside the shard (weights, log, picture).
-    Where a whole shard of the same content lies already, with its companions, it stays.
+    Where a whole shard of the same content lies already, with its companions, it stays, unless `replace`.
     Raises BadInput when the file system refuses; an older shard of that name then stays as it was.
     """
     path = Path(path)
@@ -202,7 +202,7 @@ def write_shard(
             with files.atomic_path(path) as temporary:
                 hashes = _write_datasets(temporary, datasets)
                 content = content_hash(header, hashes)
-                if _is_there(path, content):
+                if not replace and _is_there(path, content):
                     raise _Finished
                 told: dict[str, Any] = header | {
                     "settings": dict(settings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections import defaultdict
@@ -18,7 +19,7 @@ from cmrhpc.data.selection import checked_split
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.planning import COHORT, FOLDS, REPORT, STAGES
 from cmrhpc.study import Study
-from cmrhpc.workspace import Judge, Workspace, entry_of, report_sources
+from cmrhpc.workspace import Entry, Judge, Workspace, damaged, entry_of, report_sources
 
 _MALFORMED = (KeyError, ValueError, TypeError, AttributeError, CmrhpcError)  # of datasets of another kind
 
@@ -45,23 +46,27 @@ def verify(workspace: Workspace) -> Verdict:
     """Check every shard with its companions, whether it is the one that the study asks for, and every leak.
 
     Also what is gone although others were made from it, the report against its seal, and the frozen task lists. Logs,
-    which only grow, are not checked. Nothing is written.
+    which only grow, are not checked. Nothing is written but the index, so that `plan` and `submit` know of the damage.
     """
     result = Verdict()
     present = workspace.listing()
     wrong: dict[str, str] = {}
     whole: dict[str, shards.Shard] = {}
+    entries: dict[str, Entry] = {}
     for name in sorted(present):
         result.shards += 1
         try:
             shard = shards.read_shard(workspace.path(name))
             result.files += 1 + len(shard.files)
-            companions = shards.check_companions(shard, workspace.path(name).parent)
-            wrong[name] = "; ".join(f"{file}: {what}" for file, what in companions) or shards.check_content(shard)
+            found = shards.check_companions(shard, workspace.path(name).parent)
+            companions = "; ".join(f"{file}: {what}" for file, what in found)
+            wrong[name] = companions or shards.check_content(shard)
             whole[name] = shard
+            entries[name] = dataclasses.replace(entry_of(shard), companions=companions)
         except CmrhpcError as error:
             wrong[name] = error.what
-    judge = Judge(workspace, check=True, read={name: entry_of(shard) for name, shard in whole.items()}, raw=True)
+            entries[name] = damaged(present[name], error.what.removeprefix("shard "))
+    judge = Judge(workspace, check=True, read=entries, raw=True)
     expected = [COHORT, *(output for output in judge.makers if output != REPORT)]
     asked = set(expected)
     for name in whole:
@@ -69,6 +74,7 @@ def verify(workspace: Workspace) -> Verdict:
             wrong[name] = judge.verdict(name)
     result.damaged = [f"{name}: {what}" for name, what in wrong.items() if what]
     absent = [name for name in expected if name not in present]
+    judge.correct_index([*expected, *present])
     result.missing = len(absent) + (not workspace.path(REPORT).is_file())
     result.damaged += _gone(workspace, absent, whole)
     result.damaged += [f"report/{line}" for line in seal.damage(workspace.path(REPORT))]

@@ -1,9 +1,11 @@
 """The folder of one study: where each shard lives, which tasks are done, and why the others are not.
 
 Truth lives in the shards. `index.json` only remembers what was read from them: each entry is keyed by path and inode
-number, both of which a folder listing gives without touching the file, and a replaced shard has a new inode. It can
-be deleted at any time, and whoever computes or verifies does not believe it. The task list of a stage is frozen in
-`tasks/STAGE/`: segments that are only ever added. These files carry their own sha256.
+number, both of which a folder listing gives without touching the file. A shard that is replaced has another number than
+the one before it, but a later one may get that number again. So whoever computes or verifies believes the files alone,
+and corrects the index where they differ from it. It can be deleted at any time, and damage is then looked for anew by
+the next `verify`. The task list of a stage is frozen in `tasks/STAGE/`: segments that are only ever added. These files
+carry their own sha256.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +38,7 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeEr
 class Entry:
     """What the index remembers of one shard."""
 
-    inode: int  # 0 where the shard was read for the work at hand and not for the index
+    inode: int
     content_sha256: str
     settings_sha256: str
     seed: int
@@ -44,6 +46,13 @@ class Entry:
     inputs: dict[str, str]
     seconds: float  # what its task took, of the last try alone; 0 where unknown
     job: str  # the element of a job array that wrote it, as Slurm calls it (12_3); empty otherwise
+    wrong: str = ""  # what hashing found: the shard is damaged, or the raw or external images behind it changed
+    companions: str = ""  # what hashing found to be wrong with its companion files
+
+
+def damaged(inode: int, wrong: str) -> Entry:
+    """What the index remembers of a shard that must not be opened."""
+    return Entry(inode, "", "", 0, "", {}, 0.0, "", f"damaged: {wrong}")
 
 
 def entry_of(header: shards.Header) -> Entry:
@@ -55,7 +64,7 @@ def entry_of(header: shards.Header) -> Entry:
     job = "_".join(str(header.info[name]) for name in names if name in header.info)
     job = job if _ELEMENT.fullmatch(job) else ""
     hashes = header.content_sha256, header.settings_sha256
-    return Entry(0, *hashes, header.seed, task, header.inputs, seconds, job)
+    return Entry(header.identity[0], *hashes, header.seed, task, header.inputs, seconds, job)
 
 
 @dataclass(frozen=True)
@@ -206,25 +215,40 @@ class Workspace:
 
     def index(self) -> dict[str, Entry]:
         """What every shard says of itself. Only shards that are new since the last call are opened."""
-        path = self.root / "index.json"
-        try:
-            stored = json.loads(files.read_plain(path))
-            if stored["sha256"] != shards.sha256_of(stored["shards"]):
-                raise ValueError("its checksum does not hold")
-            old = {name: Entry(*values) for name, values in stored["shards"].items()}
-        except _UNREADABLE:
-            old = {}
-        listed = self.listing()
+        old, listed = self._remembered(), self.listing()
         now = {name: old[name] for name, inode in listed.items() if name in old and old[name].inode == inode}
         new = [name for name in listed if name not in now]
         for name, entry in zip(new, in_order(self.read_entry, new), strict=True):
             if entry is not None:
                 now[name] = dataclasses.replace(entry, inode=listed[name])
         if now != old:
-            entries = {name: dataclasses.astuple(entry) for name, entry in now.items()}
-            with contextlib.suppress(BadInput):  # it only saves time: a full or read-only disk stops no `status`
-                files.atomic_write(path, json.dumps({"shards": entries, "sha256": shards.sha256_of(entries)}))
+            self._remember(now)
         return now
+
+    def correct_index(self, found: Mapping[str, Entry | None]) -> None:
+        """Make the index agree with what was just read from files, None where there is none.
+
+        Sound shards that it does not know yet are left to the next call of `index`: thousands of tasks end at once.
+        """
+        old = self._remembered()
+        told = {name for name, entry in found.items() if name in old or (entry and (entry.wrong or entry.companions))}
+        if any(found[name] != old.get(name) for name in told):
+            self._remember({name: entry for name, entry in {**old, **found}.items() if entry})
+
+    def _remembered(self) -> dict[str, Entry]:
+        try:
+            stored = json.loads(files.read_plain(self.root / "index.json"))
+            if stored["sha256"] != shards.sha256_of(stored["shards"]):
+                raise ValueError("its checksum does not hold")
+            return {name: Entry(*values) for name, values in stored["shards"].items()}
+        except _UNREADABLE:
+            return {}
+
+    def _remember(self, entries: Mapping[str, Entry]) -> None:
+        told = {name: dataclasses.astuple(entry) for name, entry in entries.items()}
+        with contextlib.suppress(BadInput):  # a full or read-only disk stops neither `status` nor `verify`
+            text = json.dumps({"shards": told, "sha256": shards.sha256_of(told)})
+            files.atomic_write(self.root / "index.json", text)
 
     def read_entry(self, name: str, hashed: bool = False) -> Entry | None:
         """What a shard says of itself, from its file; None when it is damaged or missing.
@@ -246,17 +270,21 @@ class Workspace:
     ) -> dict[str, list[State]]:
         """Every wanted task of the given stages with its index, and whether it is done or why not.
 
-        check: hash every file as well, also raw ones, so that a damaged one counts as missing. freeze: as for `tasks`.
+        check: hash every file as well, also raw ones, so that a damaged one counts as missing, and correct the index.
+        freeze: as for `tasks`.
         """
         judge = Judge(self, check, raw=check)
-        return {stage: judge.stage(stage, freeze) for stage in stages}
+        found = {stage: judge.stage(stage, freeze) for stage in stages}
+        if check:
+            judge.correct_index(judge.verdicts)
+        return found
 
 
 class Judge:
     """Judges outputs against the study, each once: valid while settings, seed and input contents are as asked.
 
     check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
-    onto a shard (same inode) would not change.
+    onto a shard (same inode) would not change. Otherwise what an earlier check found wrong counts, of the same inode.
     read: what shards said that the caller has just read whole, so that they are not read again, nor the index.
     raw: hash every raw image and mask too, where their folder can be reached.
     """
@@ -287,44 +315,44 @@ class Judge:
 
     def reason(self, task: Task) -> str:
         if task.stage == "ingest":
-            return self.whole(COHORT) or self.whole(FOLDS)
+            cohort, folds = self.whole(COHORT), self.whole(FOLDS)
+            return cohort or folds
         if task.stage == "aggregate":
             return self._report_reason()
         return self.whole(task.output)
 
     def whole(self, output: str) -> str:
-        """As `verdict`, and with `check` for its companions too, which nobody who reads the shard needs."""
-        wrong = self.verdict(output)
-        if not wrong and self.check:
+        """As `verdict`, and for its companions too, which nobody who reads the shard needs."""
+        if wrong := self.verdict(output):
+            return wrong
+        if self.check:
             path = self.workspace.path(output)
             found = shards.check_companions(shards.read_header(path), path.parent)
-            wrong = "; ".join(f"{name}: {what}" for name, what in found)
-        return wrong
+            told = "; ".join(f"{name}: {what}" for name, what in found)
+            self.index[output] = dataclasses.replace(self.index[output], companions=told)
+        return self.index[output].companions
 
     def verdict(self, output: str) -> str:
         if output not in self.verdicts:
             self.verdicts[output] = self._judge(output)
         return self.verdicts[output]
 
+    def correct_index(self, outputs: Iterable[str]) -> None:
+        """Tell the index of the workspace what these outputs were found to be; for a judge that checks."""
+        self.workspace.correct_index({out: self.index.get(out) for out in outputs})
+
     def _judge(self, output: str) -> str:
         task = Task("ingest") if output == COHORT else self.makers[output]
-        entry = self.index.get(output)
         if self.check:
-            file = self.workspace.path(output)
-            if files.is_linked(file):
+            if files.is_linked(self.workspace.path(output)):
                 return "it is reached through a link, which is not followed"
-            entry = self.read.get(output)
-            if entry is None:
-                wrong = shards.damage_of(file)
-                if wrong == "missing" and self._looked_anew(file.parent):
-                    wrong = shards.damage_of(file)
-                if wrong and wrong != "missing":
-                    return f"damaged: {wrong}"
-                entry = None if wrong else self.workspace.read_entry(output, hashed=True)
-            if entry:
+            if entry := self.read.get(output) or self._read(output):
                 self.index[output] = entry
+        entry = self.index.get(output)
         if entry is None:
             return "missing"
+        if not entry.content_sha256:
+            return entry.wrong
         key = planning.settings_key(task, output)
         if key not in self.hashes:
             self.hashes[key] = shards.sha256_of(planning.settings(self.study, task, output))
@@ -353,6 +381,18 @@ class Judge:
             if self.index[path].content_sha256 != entry.inputs[path]:
                 return f"input {path} changed"
         return ""
+
+    def _read(self, output: str) -> Entry | None:
+        """What the file says of itself once its checksum was seen to hold; None where there is none."""
+        file, inode = self.workspace.path(output), 0
+        with contextlib.suppress(OSError):
+            inode = os.stat(file).st_ino
+        wrong = shards.damage_of(file)
+        if wrong == "missing" and self._looked_anew(file.parent):
+            wrong = shards.damage_of(file)
+        if wrong and wrong != "missing":
+            return damaged(inode, wrong)
+        return None if wrong else self.workspace.read_entry(output, hashed=True)
 
     def _looked_anew(self, folder: Path) -> bool:
         """Whether a file that was missing may be there now, once for each folder.
@@ -388,7 +428,12 @@ class Judge:
             return ""
         if told and now != told:
             return f"the table {self.study.data.table} changed"
-        return self._raw_reason() if self.raw else ""
+        if not self.raw:
+            return entry.wrong
+        wrong = self._raw_reason()
+        if wrong:  # in words that name no file
+            self.index[COHORT] = dataclasses.replace(entry, wrong="the raw images or masks changed")
+        return wrong
 
     def _raw_reason(self) -> str:
         """Whether the raw images and masks are those that the cohort's report names."""
@@ -410,7 +455,7 @@ class Judge:
         # A damaged report is a companion of the cohort and told as such.
         return sources.changed(rows, self.workspace.raw, text.decode()) if whole else ""
 
-    def _external_reason(self, task: Task, told: str) -> str:
+    def _external_reason(self, task: Task, content: str) -> str:
         """External images are compared where their folder can be reached: by their list, with `check` each file."""
         root = self.workspace.external(task.generator)
         if not os.access(root / external.SUMS, os.R_OK):
@@ -421,9 +466,15 @@ class Judge:
             place = external.place_of(root, self.sums[task.generator], task)
         except BadInput as error:
             return f"external images: {error.what}"
-        if place.content_sha256 != told:
+        if place.content_sha256 != content:
             return f"the external images of {place.name} changed"
-        return place.damage() if self.check else ""
+        if not self.check:
+            return self.index[task.output].wrong
+        wrong = place.damage()
+        if wrong:
+            told = f"the external images of {place.name} are damaged"
+            self.index[task.output] = dataclasses.replace(self.index[task.output], wrong=told)
+        return wrong
 
     def _weights_sha256(self, classifier: str) -> str:
         """Of the file that a classifier starts from; empty where it cannot be read."""
@@ -438,7 +489,7 @@ class Judge:
         report = self.workspace.path(REPORT)
         if (told := seal.read(report)) is None:
             return "missing"
-        if self.check and (wrong := seal.damage(report)):
+        if wrong := seal.damage(report):
             return f"damaged: {wrong[0]}"
         if not told["sources"]:
             return "its making was not finished"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,48 @@ def test_a_flipped_bit_is_found_when_files_are_checked(tmp_path: Path, study_tex
     assert missing(workspace) == {}
     found = missing(workspace, check=True)
     assert found["synthetic/dae-gan/fold0_repeat0_class0.h5"].startswith("damaged")
+
+
+@pytest.mark.parametrize("remade", ["by run", "by tasks"])
+def test_what_lies_under_an_old_number_is_read_again(tmp_path: Path, study_text: str, remade: str) -> None:
+    """As `rm -r synthetic` frees many numbers; a copy in place has the same one for certain."""
+    workspace = make(tmp_path / "w", study_text)
+    write_all(workspace)
+    assert missing(workspace) == {}
+    other = make(tmp_path / "other", study_text.replace("generations = 4", "generations = 5"))
+    write_all(other)
+    makers = [task for stage in ("synthesize", "refine", "classify") for task in planning.tasks(other.study, stage)]
+    for task in makers:
+        number = workspace.path(task.output).stat().st_ino
+        workspace.path(task.output).write_bytes(other.path(task.output).read_bytes())
+        assert workspace.path(task.output).stat().st_ino == number
+    edited = make(tmp_path / "w", study_text.replace("generations = 4", "generations = 5"))
+    if remade == "by run":
+        edited.states(check=True)  # what it looks at before it starts
+    else:
+        for task in makers:
+            judge = Judge(edited, check=True)
+            judge.reason(task)
+            judge.correct_index([task.output])
+    assert missing(edited) == {}
+    again = missing(make(tmp_path / "w", study_text))
+    assert again["synthetic/dae-gan/fold0_repeat0_class0.h5"] == "settings changed: generator.generations: 5 -> 4"
+
+
+def test_shards_that_were_removed_are_forgotten_before_others_get_their_numbers(
+    tmp_path: Path, study_text: str
+) -> None:
+    workspace = make(tmp_path / "w", study_text)
+    write_all(workspace)
+    assert missing(workspace) == {}
+    shutil.rmtree(workspace.path("synthetic"))
+    edited = make(tmp_path / "w", study_text.replace("generations = 4", "generations = 5"))
+    edited.states(check=True)  # what `run` looks at before it starts
+    known = json.loads(edited.path("index.json").read_text())["shards"]
+    assert "folds.h5" in known
+    assert "synthetic/dae-gan/fold0_repeat0_class0.h5" not in known
+    write_all(edited)
+    assert missing(edited) == {}
 
 
 def test_a_shard_that_a_network_file_system_does_not_show_yet_is_looked_for_again(

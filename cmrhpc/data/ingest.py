@@ -172,6 +172,7 @@ def ingest(
                 },
                 companions={".csv": report.text().encode(), ".png": sheet.png()},
                 info=info,
+                replace=True,  # other files may give the same images, and the report tells the files
             )
     except OSError as error:
         raise files.explain(error, out) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from cmrhpc import planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete, UsageError
-from cmrhpc.planning import Task
+from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.signals import STOP_SIGNALS
 from cmrhpc.workspace import Judge, Workspace
 
@@ -132,7 +132,9 @@ def run_task(
         workspace.remove_stale(folder)
     judge = Judge(workspace, check=True, raw=stage == "ingest")
     # A report is made again: whether a patient leaks is known to its making alone.
-    if stage != "aggregate" and not judge.reason(task):
+    done = stage != "aggregate" and not judge.reason(task)
+    judge.correct_index((COHORT, FOLDS) if stage == "ingest" else (task.output,))
+    if done:
         workspace.clear_checkpoints(task)
         return f"{task.title}: already done"
     if workspace.path(task.output).is_dir():  # it would be found at the end of hours of training
@@ -169,6 +171,7 @@ def _checked_inputs(workspace: Workspace, judge: Judge, task: Task) -> dict[str,
     found = {}
     for path in planning.inputs(workspace.study, task):
         if wrong := judge.verdict(path):
+            judge.correct_index(name for name, entry in judge.index.items() if entry.wrong)
             if wrong.startswith("damaged: "):
                 mend = "run its stage again, or `cmrhpc run`: what is damaged is made again"
                 raise BadInput(f"{task.title}: its input is {wrong}", path, mend)

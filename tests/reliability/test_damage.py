@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import shards
-from cmrhpc.planning import STAGES
+from cmrhpc import planning, shards
+from cmrhpc.launch.slurm import Limits
+from cmrhpc.launch.status import status
+from cmrhpc.launch.submit import Queue, propose
+from cmrhpc.planning import REPORT, STAGES
+from cmrhpc.profile import parse_profile
 from cmrhpc.stages.task import run_task
 from cmrhpc.verify import verify
 from cmrhpc.workspace import Workspace
@@ -229,6 +233,70 @@ def test_a_run_makes_exactly_the_damaged_part_again(undisturbed: Path, copied: P
     again = {path.relative_to(copied).as_posix() for path in before if path.stat().st_mtime_ns != before[path]}
     assert again == {f"{SYNTHETIC}.h5", f"{REFINED}.h5"}
     assert digest(copied) == digest(undisturbed)
+
+
+def known(root: Path) -> set[tuple[str, str]]:
+    """(output, reason) of what `plan`, `status` and `submit` count as missing, which hash no shard; they agree."""
+    planned = json.loads(cmrhpc("plan", root, "--json").stdout)["tasks"]
+    told = {(one["output"], one["reason"]) for one in planned if not one["done"]}
+    indices = {(one["stage"], one["index"]) for one in planned if not one["done"]}
+    workspace = Workspace(root)
+    rows = status(workspace).stages.items()
+    assert {(stage, task.state.index) for stage, row in rows for task in row.tasks} == indices
+    sent = propose(workspace, parse_profile(""), Queue([], {}, {}), Limits()).arrays
+    report = {("aggregate", 0)} if indices else set()
+    assert {(array.stage, index) for array in sent for index in array.tasks} == indices | report
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "reason"),
+    [
+        (f"{SYNTHETIC}.h5", f"{SYNTHETIC}.h5", "damaged: its checksum does not hold"),
+        (f"{REFINED}.png", f"{REFINED}.h5", f"{Path(REFINED).name}.png: its checksum does not hold"),
+        ("cohort.csv", "folds.h5", "cohort.csv: its checksum does not hold"),
+        ("report/table.csv", REPORT, "damaged: table.csv: its checksum does not hold"),
+    ],
+)
+def test_what_verify_found_is_sent_and_made_again_also_without_run(
+    undisturbed: Path, copied: Path, name: str, output: str, reason: str
+) -> None:
+    assert known(copied) == set()
+    flip(copied / name, 0.9)
+    assert cmrhpc("verify", copied, check=False).returncode == 5
+    assert (output, reason) in known(copied)
+    stage = next(stage for stage in STAGES for s in Workspace(copied).states()[stage] if s.task.output == output)
+    text = cmrhpc("plan", copied, "--stage", stage, "--array").stdout.strip()
+    assert text.isdigit()
+    cmrhpc("task", copied, "--stage", stage, "--index", text)
+    assert known(copied) == set()
+    assert digest(copied) == digest(undisturbed)
+
+
+def test_a_task_that_meets_a_damaged_input_has_it_made_again(copied: Path) -> None:
+    assert known(copied) == set()
+    flip(copied / f"{SYNTHETIC}.h5", 0.9)
+    workspace = Workspace(copied)
+    refined = workspace.states(("refine",))["refine"]
+    reader = next(s for s in refined if f"{SYNTHETIC}.h5" in planning.inputs(workspace.study, s.task))
+    (copied / reader.task.output).unlink()
+    done = cmrhpc("task", copied, "--stage", "refine", "--index", str(reader.index), check=False)
+    assert done.returncode == 3
+    assert (f"{SYNTHETIC}.h5", "damaged: its checksum does not hold") in known(copied)
+
+
+def test_what_was_mended_by_hand_is_not_sent_for_ever(undisturbed: Path, copied: Path) -> None:
+    for name in (f"{SYNTHETIC}.h5", f"{PREDICTION}.jsonl"):
+        flip(copied / name, 0.9)
+    assert cmrhpc("verify", copied, check=False).returncode == 5
+    for name in (f"{SYNTHETIC}.h5", f"{PREDICTION}.jsonl"):
+        (copied / name).write_bytes((undisturbed / name).read_bytes())  # in place: the numbers stay
+    found = {output for output, _ in known(copied)}
+    assert {f"{SYNTHETIC}.h5", f"{PREDICTION}.h5"} <= found
+    for stage, output in (("synthesize", SYNTHETIC), ("classify", PREDICTION)):
+        index = next(s.index for s in Workspace(copied).states()[stage] if s.task.output == f"{output}.h5")
+        assert "already done" in cmrhpc("task", copied, "--stage", stage, "--index", str(index)).stdout
+    assert known(copied) == set()
 
 
 def test_links_to_shards_elsewhere_are_not_followed(undisturbed: Path, copied: Path) -> None:

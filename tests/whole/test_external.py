@@ -123,6 +123,7 @@ def test_a_changed_image_invalidates_exactly_what_depends_on_it(outside: Path) -
     assert missing(outside) == {}  # planning reads the list alone
     wrong = f"{PLACE}/000002_class1.mha is not the file that SHA256SUMS names"
     assert f"{SHARD}: {wrong}" in cmrhpc("verify", outside, check=False).stdout
+    assert missing(outside)[SHARD] == f"the external images of {PLACE} are damaged"  # `verify` told it
     assert wrong in refused(outside)
     renew(outside / "made")
     assert missing(outside) == {

@@ -35,9 +35,25 @@ def test_a_changed_raw_file_is_named_and_ingested_again(tmp_path: Path, what: st
     done = cmrhpc("verify", root, check=False)
     assert done.returncode == 5
     assert f"cohort.h5: the {what} of row 2 changed" in done.stdout
+    assert workspace.states()["ingest"][0].reason == "the raw images or masks changed"  # `verify` told it
     run_task(workspace, "ingest", 0)
+    assert workspace.states()["ingest"][0].done
     assert workspace.states(check=True)["ingest"][0].done
     assert read_shard(root / "cohort.h5").content_sha256 != before
+
+
+def test_a_raw_file_that_gives_the_same_image_is_asked_for_once(tmp_path: Path) -> None:
+    root = make_workspace(tmp_path / "ws")
+    workspace = Workspace(root)
+    run_task(workspace, "ingest", 0)
+    before = read_shard(root / "cohort.h5").content_sha256
+    file = raw_file(root, 0)
+    file.write_bytes(file.read_bytes().replace(b"NDims = 3", b"NDims =  3"))
+    assert workspace.states(check=True)["ingest"][0].reason == "the image of row 2 changed"
+    run_task(workspace, "ingest", 0)
+    for check in (True, False):
+        assert workspace.states(check=check)["ingest"][0].done
+    assert read_shard(root / "cohort.h5").content_sha256 == before
 
 
 def test_a_file_that_is_gone_is_named_and_a_folder_out_of_reach_is_not_looked_for(tmp_path: Path) -> None:
