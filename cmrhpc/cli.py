@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     with held():  # an interrupted import prints a traceback of its own
         from cmrhpc import gpus
         from cmrhpc.launch.local import run as run_all
+        from cmrhpc.stages.aggregate import fault_of_the_last
         from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
@@ -175,6 +176,8 @@ def run(args: argparse.Namespace) -> int:
 
         mend = "mend each cause, then run the same command again: what is done is kept"
         raise (Damage if summary.damage else Incomplete)(told(summary.failed, summary.missing), "", mend)
+    if wrong := fault_of_the_last(workspace):  # also where it was up to date
+        raise wrong
     return 0
 
 

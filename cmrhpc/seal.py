@@ -1,44 +1,79 @@
-"""The seal of a report: a JSON file with what it was made from, the sha256 of its other files and of itself."""
+"""The seal of a report: JSON with what it was made from, how it ended, the sha256 of its other files and of itself."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cmrhpc import files
+from cmrhpc.errors import Incomplete
 from cmrhpc.shards import sha256_file, sha256_of
 
 REPORT_FILES = ("index.html", "table.csv")  # of every report
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a report ended with: leaks, and of the expected predictions those that are missing."""
+
+    leaks: int = 0
+    missing: int = 0
+    expected: int = 0
+
+
+@dataclass(frozen=True)
+class Seal:
+    """sources: path -> content hash of what the report was made from, empty until it is finished.
+
+    files: name -> sha256.
+    """
+
+    sources: dict[str, str]
+    files: dict[str, str]
+    counts: Counts = Counts()
+
+
 def begin(path: Path) -> None:
     """A seal of nothing, before the first file of a report is written: one that was not finished is no damage."""
-    _write(path, {"sources": {}, "files": {}})
+    _write(path, Seal({}, {}))
 
 
-def write(path: Path, sources: dict[str, str], names: Collection[str]) -> None:
-    """Seal the named files of the folder of `path`, again while another process changes them."""
+def write(path: Path, sources: dict[str, str], names: Collection[str], counts: Counts) -> None:
+    """Seal the named files of the folder of `path`, again while another process changes them.
+
+    Raises Incomplete when that does not end.
+    """
     for _ in range(10):
-        _write(path, {"sources": sources, "files": _hashes(path, names)})
+        _write(path, Seal(sources, _hashes(path, names), counts))
         if not damage(path):
             return
+    raise Incomplete("another process keeps writing this report", str(path.parent), "make it again when that has ended")
 
 
-def _write(path: Path, told: dict[str, dict[str, str]]) -> None:
-    files.atomic_write(path, json.dumps(told | {"sha256": sha256_of(told)}, indent=0))
+def _write(path: Path, seal: Seal) -> None:
+    files.atomic_write(path, _text(asdict(seal)))
 
 
-def read(path: Path) -> dict[str, dict[str, str]] | None:
-    """`sources` and `files` of the report; None where there is no seal, or a damaged one."""
+def _text(told: dict[str, Any]) -> str:
+    return json.dumps(told | {"sha256": sha256_of(told)}, indent=0)
+
+
+def read(path: Path) -> Seal | None:
+    """The seal of a report; None where there is none, or a damaged one."""
     try:
         text = files.read_plain(path).decode()
         told = json.loads(text)
-        parts = {"sources": dict(told["sources"]), "files": dict(told["files"])}
-        right = text == json.dumps(parts | {"sha256": sha256_of(parts)}, indent=0)
-        return parts if right else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        del told["sha256"]
+        if text != _text(told):
+            return None
+        counts = told.get("counts", {})  # earlier versions have none
+        numbers = {name: int(number) for name, number in counts.items()}
+        return Seal(dict(told["sources"]), dict(told["files"]), Counts(**numbers))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -50,11 +85,9 @@ def damage(path: Path) -> list[str]:
     told = read(path)
     if told is None:
         return [f"{path.name}: its checksum does not hold"]
-    now = _hashes(path, told["files"])
+    now = _hashes(path, told.files)
     return [
-        f"{name}: {_wrong(now.get(name, 'missing'))}"
-        for name, sha256 in told["files"].items()
-        if now.get(name) != sha256
+        f"{name}: {_wrong(now.get(name, 'missing'))}" for name, sha256 in told.files.items() if now.get(name) != sha256
     ]
 
 

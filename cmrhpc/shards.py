@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmrhpc import files
-from cmrhpc.errors import BadInput
+from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.untrusted import (
     CHUNK,
     KINDS,
@@ -183,7 +183,8 @@ def write_shard(
     info: texts and numbers that are not (seconds, device).
     companions: file ending -> bytes, written beside the shard (weights, log, picture).
     Where a whole shard of the same content lies already, with its companions, it stays, unless `replace`.
-    Raises BadInput when the file system refuses; an older shard of that name then stays as it was.
+    Raises BadInput when the file system refuses; an older shard of that name then stays as it was. Raises Incomplete
+    when another process goes on writing the same shard.
     """
     path = Path(path)
     companions = companions or {}
@@ -254,6 +255,9 @@ def _settle(path: Path, written: Path, companions: Mapping[str, bytes]) -> None:
                 files.atomic_write(path.with_suffix(ending), data)
             with files.atomic_path(path) as temporary:
                 shutil.copyfile(written, temporary)
+    if not _agree(path):
+        mend = "when the other process has ended, run the same command again"
+        raise Incomplete("another process keeps writing this shard or its companions", str(path), mend)
 
 
 def _agree(path: Path) -> bool:

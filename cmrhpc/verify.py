@@ -75,7 +75,8 @@ def verify(workspace: Workspace) -> Verdict:
     result.damaged = [f"{name}: {what}" for name, what in wrong.items() if what]
     absent = [name for name in expected if name not in present]
     judge.correct_index([*expected, *present])
-    result.missing = len(absent) + (not workspace.path(REPORT).is_file())
+    tasks = {FOLDS if name == COHORT else name for name in absent}  # ingest makes both
+    result.missing = len(tasks) + (not workspace.path(REPORT).is_file())
     result.damaged += _gone(workspace, absent, whole)
     result.damaged += [f"report/{line}" for line in seal.damage(workspace.path(REPORT))]
     result.damaged += _task_lists(workspace, judge, present)
@@ -97,8 +98,9 @@ def _gone(workspace: Workspace, absent: list[str], whole: dict[str, shards.Shard
     for name, shard in whole.items():
         for path in shard.inputs:
             made[path].append(name)
-    for path in (seal.read(workspace.path(REPORT)) or {"sources": {}})["sources"]:
-        made[path].append("the report")
+    if report := seal.read(workspace.path(REPORT)):
+        for path in report.sources:
+            made[path].append("the report")
     for name in absent:
         if there := _in_the_way(workspace, name):
             yield f"{name}: {there}"
@@ -138,10 +140,10 @@ def _older(workspace: Workspace, judge: Judge) -> Iterator[str]:
     """Whether the report was made from the study and the shards as they are now."""
     if (told := seal.read(workspace.path(REPORT))) is None:
         return
-    if not told["sources"]:
+    if not told.sources:
         yield "report: its making was not finished"
         return
-    now, then = report_sources(judge), told["sources"]
+    now, then = report_sources(judge), dict(told.sources)
     if now.pop("study") != then.pop("study", ""):
         yield "report: out of date, study.toml changed since it was made"
     if now != then:

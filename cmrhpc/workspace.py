@@ -491,9 +491,9 @@ class Judge:
             return "missing"
         if wrong := seal.damage(report):
             return f"damaged: {wrong[0]}"
-        if not told["sources"]:
+        if not told.sources:
             return "its making was not finished"
-        if told["sources"] != report_sources(self):
+        if told.sources != report_sources(self):
             return "predictions, images or the study changed since the report"
         return ""
 

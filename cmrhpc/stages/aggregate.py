@@ -22,11 +22,25 @@ def run_aggregate(workspace: Workspace) -> str:
 
 def fault(result: AggregateResult, root: Path) -> CmrhpcError | None:
     """What whoever makes a report ends with: leaks, else missing predictions, else nothing."""
-    if result.leaks:
-        what = f"{len(result.leaks)} leaks: patients are in training and in test"
-        return Damage(what, "", "the page lists them; find out how these shards were made", result.leaks[0])
-    if result.n_missing:
-        what = f"{result.n_missing} of {result.n_expected} predictions are missing; the tables show where"
+    return _fault(_counts(result), root, *result.leaks[:1])
+
+
+def fault_of_the_last(workspace: Workspace) -> CmrhpcError | None:
+    """The same of the report that is there, as its seal tells."""
+    told = seal.read(workspace.path(REPORT))
+    return _fault(told.counts, workspace.root) if told else None
+
+
+def _counts(result: AggregateResult) -> seal.Counts:
+    return seal.Counts(len(result.leaks), result.n_missing, result.n_expected)
+
+
+def _fault(counts: seal.Counts, root: Path, first_leak: str = "") -> CmrhpcError | None:
+    if counts.leaks:
+        what = f"{counts.leaks} leaks: patients are in training and in test"
+        return Damage(what, "", "the page lists them; find out how these shards were made", first_leak)
+    if counts.missing:
+        what = f"{counts.missing} of {counts.expected} predictions are missing; the tables show where"
         return Incomplete(what, str(root), "cmrhpc run (or submit) makes what is missing, then aggregate again")
     return None
 
@@ -45,5 +59,5 @@ def aggregate_folder(root: Path) -> AggregateResult:
     result = aggregate(workspace.root, begin=lambda: seal.begin(path))
     cells = (cell for row in result.result.collection.cells.values() for cell in row.values())
     judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
-    seal.write(path, report_sources(judge), result.files)
+    seal.write(path, report_sources(judge), result.files, _counts(result))
     return result

@@ -159,7 +159,8 @@ def test_a_report_older_than_the_study_is_out_of_date_and_no_damage(copied: Path
 def test_a_workspace_without_shards_has_nothing_to_verify(fresh: Path) -> None:
     done = cmrhpc("verify", fresh, check=False)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "nothing to verify: no task is done yet" in done.stderr
+    count = sum(len(found) for found in Workspace(fresh).states(freeze=False).values())
+    assert f"nothing to verify: no task is done yet, {count} are missing" in done.stderr
 
 
 def forge(root: Path, name: str, **changes: np.ndarray) -> None:

@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "seed_record").write_bytes((root / "logs/ingest_0.json").read_bytes())
     (root / "report").mkdir()
     (root / "report/table.csv").write_text("a")
-    seal.write(root / "report/sources.json", {"study": "ab"}, ["table.csv"])
+    seal.write(root / "report/sources.json", {"study": "ab"}, ["table.csv"], seal.Counts(0, 1, 10))
     (tmp_path / "seed_seal").write_bytes((root / "report/sources.json").read_bytes())
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0), "rng": torch.zeros(4, dtype=torch.uint8)}
     Checkpoints(tmp_path / "kept", {"a": 1}).save(3, tensors, {"position": 1, "history": [{"loss": 0.5}]})

@@ -190,10 +190,11 @@ def test_a_report_ends_with_one_exit_code_however_it_is_made(copied: Path, tmp_p
     assert (record.state, "1 of 10 predictions are missing" in record.reason) == ("done", True)
     test = read_shard(copied / "folds.h5")["repeat0_fold1_test"]
     forge(copied, PREDICTION.replace("fold0", "fold1"), train_id=test[:2])
-    for verb in (report, ("aggregate", copied), ("run", copied)):
+    for verb in (report, ("aggregate", copied), ("run", copied), ("run", copied)):
         done = cmrhpc(*verb, check=False)
         assert done.returncode == 5, done.stderr
         assert "leaks: patients are in training and in test" in done.stderr
+    assert "nothing to do: all" in done.stdout  # of the second run
     shutil.rmtree(copied / "predictions")
     for verb in (report, ("aggregate", copied)):
         assert cmrhpc(*verb, check=False).returncode == 4
