@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from cmrhpc.launch.executors import submit
     from cmrhpc.planning import Task
     from cmrhpc.study import Study, load_study
-    from cmrhpc.workspace import State, Workspace, plan
+    from cmrhpc.validity import State, plan
+    from cmrhpc.workspace import Workspace
 
 __version__ = "0.1.0"
 __all__ = ["ShardDataset", "State", "Study", "Task", "Workspace", "load_study", "plan", "submit"]
@@ -20,11 +21,11 @@ __all__ = ["ShardDataset", "State", "Study", "Task", "Workspace", "load_study", 
 # No module of the package may have one of these names: once imported it would stand in its place.
 _HOME = {
     "load_study": "cmrhpc.study",
-    "plan": "cmrhpc.workspace",
+    "plan": "cmrhpc.validity",
     "submit": "cmrhpc.launch.executors",
     "Study": "cmrhpc.study",
     "Workspace": "cmrhpc.workspace",
-    "State": "cmrhpc.workspace",
+    "State": "cmrhpc.validity",
     "Task": "cmrhpc.planning",
     "ShardDataset": "cmrhpc.data.dataset",
 }

@@ -14,8 +14,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmrhpc import files, shards
+from cmrhpc import files
 from cmrhpc.errors import BadInput
+from cmrhpc.hashing import sha256_file, sha256_of
 from cmrhpc.planning import Task
 
 SUMS = "SHA256SUMS"
@@ -36,7 +37,7 @@ class Place:
     @property
     def content_sha256(self) -> str:
         """Hash over names and content of all files. The place's own name decides nothing."""
-        return shards.sha256_of(self.files)
+        return sha256_of(self.files)
 
     @property
     def images(self) -> list[str]:
@@ -59,7 +60,7 @@ class Place:
             for name, told in self.files.items():
                 if os.path.realpath(folder / name) != os.path.join(os.path.realpath(self.root), self.name, name):
                     return f"{self.where(name)} is reached through a link, which is not followed"
-                if shards.sha256_file(folder / name) != told:
+                if sha256_file(folder / name) != told:
                     return f"{self.where(name)} is not the file that {SUMS} names"
         except OSError as error:
             return f"{self.name} cannot be read: {error.strerror}"

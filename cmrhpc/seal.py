@@ -11,7 +11,7 @@ from typing import Any
 
 from cmrhpc import files
 from cmrhpc.errors import Incomplete
-from cmrhpc.shards import sha256_file, sha256_of
+from cmrhpc.hashing import sha256_file, sha256_of
 
 REPORT_FILES = ("index.html", "table.csv")  # of every report
 

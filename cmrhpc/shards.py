@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +23,9 @@ import numpy as np
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput, Incomplete
+from cmrhpc.hashing import CHUNK, canonical, sha256_file, sha256_of
+from cmrhpc.provenance import provenance
 from cmrhpc.untrusted import (
-    CHUNK,
     KINDS,
     MAGIC,
     USER_BLOCK,
@@ -127,25 +126,6 @@ class Shard(Header):
         return [value.decode("utf-8", "replace") for value in self.read(name).tolist()]
 
 
-def canonical(value: Any) -> str:
-    """JSON text that is the same for equal values."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def sha256_of(value: Any) -> str:
-    """sha256 of a JSON-able value, or of bytes."""
-    return hashlib.sha256(value if isinstance(value, bytes) else canonical(value).encode()).hexdigest()
-
-
-def sha256_file(path: Path, start: int = 0) -> str:
-    digest = hashlib.sha256()
-    with files.open_plain(path) as stream:
-        stream.seek(start)
-        while block := stream.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def text_array(values: Iterable[str], length: int = 32) -> np.ndarray:
     """Texts as fixed-length bytes. Raises BadInput for one that does not fit."""
     encoded = [value.encode() for value in values]
@@ -213,7 +193,7 @@ def write_shard(
                     "attributes": sorted(content_attributes),
                 }
                 told |= {name: canonical(value) for name, value in content_attributes.items()}
-                told |= _provenance() | dict(info or {})
+                told |= provenance() | dict(info or {})
                 _write_header(temporary, told)
                 _stamp(temporary)
                 written = stack.enter_context(files.second_name(temporary, path))
@@ -311,50 +291,6 @@ def _stamp(path: Path) -> None:
     digest = sha256_file(path, USER_BLOCK)
     with open(path, "r+b") as stream:
         stream.write((MAGIC + digest.encode() + b"\n").ljust(USER_BLOCK, b"\0"))
-
-
-def _provenance() -> dict[str, Any]:
-    """For information only: who wrote the shard, where, when. Never part of the content hash."""
-    slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-    return {
-        "code_version": code_version(),
-        "container_sha256": os.environ.get("CMRHPC_CONTAINER_SHA256") or _container_sha256(),
-        "host": socket.gethostname(),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    } | {name.lower(): os.environ[name] for name in slurm if name in os.environ}
-
-
-def _container_sha256() -> str:
-    """Of the image that Apptainer runs us in, as build.sh wrote it beside it; empty where that is not to be seen."""
-    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-    try:
-        told = Path(f"{image}.sha256").read_text()[:64] if image else ""
-    except (OSError, ValueError):
-        return ""
-    return told if re.fullmatch("[0-9a-f]{64}", told) else ""
-
-
-_code_version = ""
-
-
-def code_version() -> str:
-    """Package version, and where this is a git checkout its commit and whether files were changed."""
-    global _code_version
-    if not _code_version:
-        import subprocess
-
-        from cmrhpc import __version__
-
-        _code_version = __version__
-        root = Path(__file__).resolve().parent.parent
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            if (root / ".git").exists():
-                git = ["git", "-C", str(root)]
-                run = {"capture_output": True, "text": True, "timeout": 10}
-                commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-                dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
-                _code_version += f" {commit}{' dirty' if dirty else ''}" if commit else ""
-    return _code_version
 
 
 # ------------------------------------------------------------------------------------------------ reading

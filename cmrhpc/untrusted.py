@@ -18,6 +18,7 @@ import numpy as np
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
+from cmrhpc.hashing import CHUNK
 
 if TYPE_CHECKING:
     import h5py
@@ -26,7 +27,6 @@ USER_BLOCK = 512
 MAGIC = b"cmrhpc shard 1\nsha256 "
 MAX_DATASET_BYTES = 2**40
 MAX_NAMES = 10_000
-CHUNK = 8 * 2**20  # bytes hashed at a time
 KINDS = {"f4", "f8", "u1", "i8"}  # of a dataset, beside fixed-length bytes
 
 

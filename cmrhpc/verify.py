@@ -19,7 +19,8 @@ from cmrhpc.data.selection import checked_split
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.planning import COHORT, FOLDS, REPORT, STAGES
 from cmrhpc.study import Study
-from cmrhpc.workspace import Entry, Judge, Workspace, damaged, entry_of, report_sources
+from cmrhpc.validity import Judge, report_sources
+from cmrhpc.workspace import Entry, Workspace, damaged, entry_of
 
 _MALFORMED = (KeyError, ValueError, TypeError, AttributeError, CmrhpcError)  # of datasets of another kind
 

@@ -1,4 +1,4 @@
-"""The folder of one study: where each shard lives, which tasks are done, and why the others are not.
+"""The folder of one study: where each shard lives, the tasks of each stage, and what is remembered of the shards.
 
 Truth lives in the shards. `index.json` only remembers what was read from them: each entry is keyed by path and inode
 number, both of which a folder listing gives without touching the file. A shard that is replaced has another number than
@@ -15,16 +15,17 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cmrhpc import external, files, planning, seal, shards
+from cmrhpc import files, planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.forked import in_order
-from cmrhpc.planning import COHORT, FOLDS, REPORT, STAGES, WEIGHTS, Task
+from cmrhpc.hashing import sha256_file, sha256_of
+from cmrhpc.planning import STAGES, Task
 from cmrhpc.study import Study, load_study
 
 SHARD_FOLDERS = ("synthetic", "refined", "predictions")
@@ -57,7 +58,7 @@ def damaged(inode: int, wrong: str) -> Entry:
 
 def entry_of(header: shards.Header) -> Entry:
     """What the index remembers of a shard that has been read."""
-    task = shards.sha256_of(header.task)
+    task = sha256_of(header.task)
     told = header.info.get("seconds")
     seconds = float(told) if isinstance(told, int | float) and 0 <= told < 1e9 else 0.0
     names = ("slurm_array_job_id", "slurm_array_task_id")
@@ -65,17 +66,6 @@ def entry_of(header: shards.Header) -> Entry:
     job = job if _ELEMENT.fullmatch(job) else ""
     hashes = header.content_sha256, header.settings_sha256
     return Entry(header.identity[0], *hashes, header.seed, task, header.inputs, seconds, job)
-
-
-@dataclass(frozen=True)
-class State:
-    """One task of a stage: its fixed index, and either done or the reason why not."""
-
-    index: int
-    task: Task
-    done: bool
-    reason: str = ""
-    waits_for: tuple[str, ...] = ()  # inputs that are not there yet
 
 
 class Workspace:
@@ -108,7 +98,7 @@ class Workspace:
 
     @cached_property
     def study_sha256(self) -> str:
-        return shards.sha256_file(self.study_path)
+        return sha256_file(self.study_path)
 
     def checkpoint_folder(self, task: Task) -> Path:
         return self.root / "checkpoints" / task.output.removesuffix(".h5")
@@ -152,7 +142,7 @@ class Workspace:
             if not new:
                 return frozen
             values = [task.to_json() for task in new]
-            text = json.dumps([*values, {"sha256": shards.sha256_of(values)}], indent=0)
+            text = json.dumps([*values, {"sha256": sha256_of(values)}], indent=0)
             try:
                 if files.create_once(self.root / "tasks" / stage / f"{last + 1:04d}.json", text):
                     return frozen + new
@@ -238,7 +228,7 @@ class Workspace:
     def _remembered(self) -> dict[str, Entry]:
         try:
             stored = json.loads(files.read_plain(self.root / "index.json"))
-            if stored["sha256"] != shards.sha256_of(stored["shards"]):
+            if stored["sha256"] != sha256_of(stored["shards"]):
                 raise ValueError("its checksum does not hold")
             return {name: Entry(*values) for name, values in stored["shards"].items()}
         except _UNREADABLE:
@@ -247,7 +237,7 @@ class Workspace:
     def _remember(self, entries: Mapping[str, Entry]) -> None:
         told = {name: dataclasses.astuple(entry) for name, entry in entries.items()}
         with contextlib.suppress(BadInput):  # a full or read-only disk stops neither `status` nor `verify`
-            text = json.dumps({"shards": told, "sha256": shards.sha256_of(told)})
+            text = json.dumps({"shards": told, "sha256": sha256_of(told)})
             files.atomic_write(self.root / "index.json", text)
 
     def read_entry(self, name: str, hashed: bool = False) -> Entry | None:
@@ -263,265 +253,10 @@ class Workspace:
             return None  # damaged or just being replaced: not done
         return entry_of(header)
 
-    # ---------------------------------------------------------------- what is done
-
-    def states(
-        self, stages: tuple[str, ...] = STAGES, check: bool = False, freeze: bool = True
-    ) -> dict[str, list[State]]:
-        """Every wanted task of the given stages with its index, and whether it is done or why not.
-
-        check: hash every file as well, also raw ones, so that a damaged one counts as missing, and correct the index.
-        freeze: as for `tasks`.
-        """
-        judge = Judge(self, check, raw=check)
-        found = {stage: judge.stage(stage, freeze) for stage in stages}
-        if check:
-            judge.correct_index(judge.verdicts)
-        return found
-
-
-class Judge:
-    """Judges outputs against the study, each once: valid while settings, seed and input contents are as asked.
-
-    check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
-    onto a shard (same inode) would not change. Otherwise what an earlier check found wrong counts, of the same inode.
-    read: what shards said that the caller has just read whole, so that they are not read again, nor the index.
-    raw: hash every raw image and mask too, where their folder can be reached.
-    """
-
-    def __init__(
-        self, workspace: Workspace, check: bool = False, read: Mapping[str, Entry] | None = None, raw: bool = False
-    ):
-        self.workspace, self.study, self.check, self.read, self.raw = workspace, workspace.study, check, read or {}, raw
-        # With `check` every entry is read from its file: nothing that was not hashed is opened.
-        self.index = {} if check and read is None else dict(read) if read is not None else workspace.index()
-        self.verdicts: dict[str, str] = {}  # output -> "" when valid, else the reason
-        self.blocked: set[str] = set()  # outputs with no fault of their own but an input that is to be made first
-        self.hashes: dict[tuple[str, ...], str] = {}  # of settings, by what they depend on
-        self.sums: dict[str, dict[str, dict[str, str]]] = {}  # of the external generators, each read once
-        self.weights: dict[str, str] = {}
-        self.opened: set[Path] = set()  # folders, once a file was missing there
-        self.makers = {task.output: task for stage in STAGES for task in planning.tasks(self.study, stage)}
-
-    def stage(self, stage: str, freeze: bool = True) -> list[State]:
-        wanted = self.workspace.wanted(stage)
-        states = []
-        for index, task in enumerate(self.workspace.tasks(stage, freeze)):
-            if task.output in wanted:
-                reason = self.reason(task)
-                waits = () if not reason else tuple(p for p in planning.inputs(self.study, task) if self.verdict(p))
-                states.append(State(index, task, not reason, reason, waits))
-        return states
-
-    def reason(self, task: Task) -> str:
-        if task.stage == "ingest":
-            cohort, folds = self.whole(COHORT), self.whole(FOLDS)
-            return cohort or folds
-        if task.stage == "aggregate":
-            return self._report_reason()
-        return self.whole(task.output)
-
-    def whole(self, output: str) -> str:
-        """As `verdict`, and for its companions too, which nobody who reads the shard needs."""
-        if wrong := self.verdict(output):
-            return wrong
-        if self.check:
-            path = self.workspace.path(output)
-            found = shards.check_companions(shards.read_header(path), path.parent)
-            told = "; ".join(f"{name}: {what}" for name, what in found)
-            self.index[output] = dataclasses.replace(self.index[output], companions=told)
-        return self.index[output].companions
-
-    def verdict(self, output: str) -> str:
-        if output not in self.verdicts:
-            self.verdicts[output] = self._judge(output)
-        return self.verdicts[output]
-
-    def correct_index(self, outputs: Iterable[str]) -> None:
-        """Tell the index of the workspace what these outputs were found to be; for a judge that checks."""
-        self.workspace.correct_index({out: self.index.get(out) for out in outputs})
-
-    def _judge(self, output: str) -> str:
-        task = Task("ingest") if output == COHORT else self.makers[output]
-        if self.check:
-            if files.is_linked(self.workspace.path(output)):
-                return "it is reached through a link, which is not followed"
-            if entry := self.read.get(output) or self._read(output):
-                self.index[output] = entry
-        entry = self.index.get(output)
-        if entry is None:
-            return "missing"
-        if not entry.content_sha256:
-            return entry.wrong
-        key = planning.settings_key(task, output)
-        if key not in self.hashes:
-            self.hashes[key] = shards.sha256_of(planning.settings(self.study, task, output))
-        if entry.settings_sha256 != self.hashes[key]:
-            return self._settings_reason(output, planning.settings(self.study, task, output))
-        if entry.seed != planning.seed(self.study, task, output):
-            return "the study's seed changed"
-        if entry.task_sha256 != shards.sha256_of(task.to_json()):
-            return "it is the shard of another task"
-        asked = [COHORT] if output == FOLDS else planning.inputs(self.study, task)
-        if output == COHORT:
-            return self._table_reason(entry)
-        told = dict(entry.inputs)
-        images = told.pop(external.input_name(task), "") if task.stage == "synthesize" else ""
-        if images and (wrong := self._external_reason(task, images)):
-            return wrong
-        weights = told.pop(WEIGHTS, "") if task.stage == "classify" else ""
-        if weights and self._weights_sha256(task.classifier) not in ("", weights):
-            return f"the weights that {task.classifier} starts from changed"
-        if sorted(told) != sorted(asked):
-            return "it reads other shards now"
-        for path in asked:
-            if self.verdict(path):
-                self.blocked.add(output)
-                return f"input {path} is to be made first ({self.verdict(path)})"
-            if self.index[path].content_sha256 != entry.inputs[path]:
-                return f"input {path} changed"
-        return ""
-
-    def _read(self, output: str) -> Entry | None:
-        """What the file says of itself once its checksum was seen to hold; None where there is none."""
-        file, inode = self.workspace.path(output), 0
-        with contextlib.suppress(OSError):
-            inode = os.stat(file).st_ino
-        wrong = shards.damage_of(file)
-        if wrong == "missing" and self._looked_anew(file.parent):
-            wrong = shards.damage_of(file)
-        if wrong and wrong != "missing":
-            return damaged(inode, wrong)
-        return None if wrong else self.workspace.read_entry(output, hashed=True)
-
-    def _looked_anew(self, folder: Path) -> bool:
-        """Whether a file that was missing may be there now, once for each folder.
-
-        NFS remembers for a while that a name was not there, and asks its server anew when the folder is opened.
-        """
-        if folder in self.opened:
-            return False
-        root = self.workspace.root
-        way = [path for path in (folder, *folder.parents) if path.is_relative_to(root) and path not in self.opened]
-        for path in reversed(way):
-            with contextlib.suppress(OSError):
-                os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
-        self.opened.update(way)
-        return bool(way)
-
-    def _settings_reason(self, output: str, asked: dict[str, Any]) -> str:
-        """Which settings differ, old and new."""
-        try:
-            told = shards.read_shard(self.workspace.path(output)).settings
-        except (CmrhpcError, OSError):
-            return "its settings changed"
-        changes = settings_changes(told, json.loads(shards.canonical(asked)))
-        return f"settings changed: {'; '.join(changes[:5])}" if changes else "its settings changed"
-
-    def _table_reason(self, entry: Entry) -> str:
-        """The raw table is compared where it can be read; on a laptop without raw data it is not."""
-        table = self.workspace.raw / self.study.data.table
-        told = entry.inputs.get(self.study.data.table)
-        try:
-            now = shards.sha256_file(table)
-        except OSError:
-            return ""
-        if told and now != told:
-            return f"the table {self.study.data.table} changed"
-        if not self.raw:
-            return entry.wrong
-        wrong = self._raw_reason()
-        if wrong:  # in words that name no file
-            self.index[COHORT] = dataclasses.replace(entry, wrong="the raw images or masks changed")
-        return wrong
-
-    def _raw_reason(self) -> str:
-        """Whether the raw images and masks are those that the cohort's report names."""
-        from cmrhpc.data import sources
-        from cmrhpc.data.table import read_table
-
-        data = self.study.data
-        try:
-            rows = read_table(self.workspace.raw, data.table, data.columns)  # no link that leads out is followed
-        except BadInput as error:
-            return f"{error.where}: {error.what}"
-        path = self.workspace.path(COHORT)
-        report = path.with_suffix(".csv")
-        try:
-            text = files.read_plain(report)
-            whole = shards.read_header(path).files.get(report.name) == shards.sha256_of(text)
-        except (CmrhpcError, OSError):
-            whole = False
-        # A damaged report is a companion of the cohort and told as such.
-        return sources.changed(rows, self.workspace.raw, text.decode()) if whole else ""
-
-    def _external_reason(self, task: Task, content: str) -> str:
-        """External images are compared where their folder can be reached: by their list, with `check` each file."""
-        root = self.workspace.external(task.generator)
-        if not os.access(root / external.SUMS, os.R_OK):
-            return ""
-        try:
-            if task.generator not in self.sums:
-                self.sums[task.generator] = external.read_sums(root)
-            place = external.place_of(root, self.sums[task.generator], task)
-        except BadInput as error:
-            return f"external images: {error.what}"
-        if place.content_sha256 != content:
-            return f"the external images of {place.name} changed"
-        if not self.check:
-            return self.index[task.output].wrong
-        wrong = place.damage()
-        if wrong:
-            told = f"the external images of {place.name} are damaged"
-            self.index[task.output] = dataclasses.replace(self.index[task.output], wrong=told)
-        return wrong
-
-    def _weights_sha256(self, classifier: str) -> str:
-        """Of the file that a classifier starts from; empty where it cannot be read."""
-        if classifier not in self.weights:
-            try:
-                self.weights[classifier] = shards.sha256_file(self.workspace.weights(classifier))
-            except OSError:
-                self.weights[classifier] = ""
-        return self.weights[classifier]
-
-    def _report_reason(self) -> str:
-        report = self.workspace.path(REPORT)
-        if (told := seal.read(report)) is None:
-            return "missing"
-        if wrong := seal.damage(report):
-            return f"damaged: {wrong[0]}"
-        if not told.sources:
-            return "its making was not finished"
-        if told.sources != report_sources(self):
-            return "predictions, images or the study changed since the report"
-        return ""
-
-
-def report_sources(judge: Judge) -> dict[str, str]:
-    """What a report was made from: content hashes of all valid shards, and the study."""
-    valid = {out: judge.index[out].content_sha256 for out in judge.makers if out != REPORT and not judge.verdict(out)}
-    return valid | {"study": shards.sha256_of(judge.study.to_json())}
-
 
 def _read_segment(path: Path) -> list[dict[str, Any]]:
     """The tasks of one segment. Its last element is the sha256 of the others."""
     *values, told = json.loads(files.read_plain(path))
-    if told != {"sha256": shards.sha256_of(values)}:
+    if told != {"sha256": sha256_of(values)}:
         raise ValueError("its checksum does not hold")
     return values
-
-
-def settings_changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """Differences between two JSON values as `path: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += settings_changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [f"{path}: {old} -> {new}"]
-
-
-def plan(workspace: str | Path | Workspace) -> dict[str, list[State]]:
-    """All tasks of a workspace by stage, done or with the reason why not."""
-    return (workspace if isinstance(workspace, Workspace) else Workspace(workspace)).states()

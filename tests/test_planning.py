@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import planning, shards
+from cmrhpc import planning, shards, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.launch.planned import array_ranges, offset_ranges
 from cmrhpc.planning import COHORT, FOLDS, STAGES, Task
 from cmrhpc.study import parse_study
-from cmrhpc.workspace import Judge, Workspace
+from cmrhpc.validity import Judge
+from cmrhpc.workspace import Workspace
 
 
 def make(root: Path, text: str) -> Workspace:
@@ -48,7 +49,7 @@ def write_all(workspace: Workspace) -> None:
 
 
 def missing(workspace: Workspace, check: bool = False) -> dict[str, str]:
-    states = workspace.states(STAGES[:-1], check)
+    states = validity.states(workspace, STAGES[:-1], check)
     return {s.task.output: s.reason for stage in states for s in states[stage] if not s.done}
 
 
@@ -71,7 +72,7 @@ def test_adding_an_arm_invalidates_nothing_and_keeps_every_index(tmp_path: Path,
     # Taking the arm away again leaves a list in which it keeps its place and is not wanted.
     shrunk = make(tmp_path / "w", study_text)
     assert len(shrunk.tasks("classify")) == len(before) + 2
-    assert len(shrunk.states(("classify",))["classify"]) == len(before)
+    assert len(validity.states(shrunk, ("classify",))["classify"]) == len(before)
     # A further arm comes behind it.
     again = make(tmp_path / "w", study_text + '[[arms]]\nname = "dae-gan+affine"\n ratios = [1]\n')
     assert [t.arm for t in again.tasks("classify")[len(before) :]] == ["repeat-real"] * 2 + ["dae-gan+affine"] * 2
@@ -174,7 +175,7 @@ def test_what_lies_under_an_old_number_is_read_again(tmp_path: Path, study_text:
         assert workspace.path(task.output).stat().st_ino == number
     edited = make(tmp_path / "w", study_text.replace("generations = 4", "generations = 5"))
     if remade == "by run":
-        edited.states(check=True)  # what it looks at before it starts
+        validity.states(edited, check=True)  # what it looks at before it starts
     else:
         for task in makers:
             judge = Judge(edited, check=True)
@@ -193,7 +194,7 @@ def test_shards_that_were_removed_are_forgotten_before_others_get_their_numbers(
     assert missing(workspace) == {}
     shutil.rmtree(workspace.path("synthetic"))
     edited = make(tmp_path / "w", study_text.replace("generations = 4", "generations = 5"))
-    edited.states(check=True)  # what `run` looks at before it starts
+    validity.states(edited, check=True)  # what `run` looks at before it starts
     known = json.loads(edited.path("index.json").read_text())["shards"]
     assert "folds.h5" in known
     assert "synthetic/dae-gan/fold0_repeat0_class0.h5" not in known

@@ -14,6 +14,8 @@ import pytest
 
 from cmrhpc import files, seal, shards
 from cmrhpc.errors import BadInput, Incomplete
+from cmrhpc.hashing import sha256_of
+from cmrhpc.provenance import provenance
 
 RNG = np.random.default_rng(0)
 DATA = {
@@ -236,13 +238,13 @@ def test_a_bit_that_flips_after_the_check_is_noticed(tmp_path: Path) -> None:
 def test_inside_an_image_its_checksum_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CMRHPC_CONTAINER_SHA256", raising=False)
     monkeypatch.setenv("APPTAINER_CONTAINER", str(tmp_path / "cmrhpc.sif"))
-    assert shards._provenance()["container_sha256"] == ""
+    assert provenance()["container_sha256"] == ""
     (tmp_path / "cmrhpc.sif.sha256").write_text(f"{'ab' * 32}  cmrhpc.sif\n")
-    assert shards._provenance()["container_sha256"] == "ab" * 32
+    assert provenance()["container_sha256"] == "ab" * 32
     (tmp_path / "cmrhpc.sif.sha256").write_text("not a checksum")
-    assert shards._provenance()["container_sha256"] == ""
+    assert provenance()["container_sha256"] == ""
     monkeypatch.setenv("CMRHPC_CONTAINER_SHA256", "cd" * 32)
-    assert shards._provenance()["container_sha256"] == "cd" * 32
+    assert provenance()["container_sha256"] == "cd" * 32
 
 
 def test_a_shard_that_another_process_finished_is_not_half_replaced(
@@ -299,8 +301,8 @@ def test_a_report_that_another_process_changes_all_the_time_is_not_sealed(
 
 def test_a_seal_of_an_earlier_version_counts_nothing_and_is_whole(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("ours")
-    told = {"sources": {"study": "ab"}, "files": {"table.csv": shards.sha256_of(b"ours")}}
-    text = json.dumps(told | {"sha256": shards.sha256_of(told)}, indent=0)
+    told = {"sources": {"study": "ab"}, "files": {"table.csv": sha256_of(b"ours")}}
+    text = json.dumps(told | {"sha256": sha256_of(told)}, indent=0)
     (tmp_path / "sources.json").write_text(text)
     assert seal.damage(tmp_path / "sources.json") == []
     found = seal.read(tmp_path / "sources.json")

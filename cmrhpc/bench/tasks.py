@@ -16,6 +16,7 @@ import numpy as np
 from cmrhpc import planning, shards
 from cmrhpc.data.phantom import write_phantom
 from cmrhpc.data.selection import held_out_images, training_images
+from cmrhpc.hashing import canonical
 from cmrhpc.init import make_workspace
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.workspace import Workspace
@@ -155,5 +156,5 @@ def _predict_all(workspace: Workspace) -> None:
                 "n_train_real": len(train),
                 "n_train_added": 0,
             },
-            info={"device": "cpu", "study": shards.canonical(study.to_share()), "seconds": 1.0},
+            info={"device": "cpu", "study": canonical(study.to_share()), "seconds": 1.0},
         )

@@ -15,8 +15,9 @@ from cmrhpc.csvtext import to_csv
 from cmrhpc.data.mha import mha_bytes
 from cmrhpc.data.region import from_unit
 from cmrhpc.errors import BadInput, CmrhpcError, UsageError
+from cmrhpc.hashing import sha256_of
 from cmrhpc.planning import COHORT, FOLDS
-from cmrhpc.shards import Shard, read_shard, sha256_of
+from cmrhpc.shards import Shard, read_shard
 
 BLOCK = 256
 FORMATS = ("mha", "png")

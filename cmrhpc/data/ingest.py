@@ -28,6 +28,7 @@ from cmrhpc.data.images import RawImage, Reader, grey
 from cmrhpc.data.sheet import Sheet
 from cmrhpc.data.table import Row, normalised_apart, read_heading, read_table
 from cmrhpc.errors import BadInput
+from cmrhpc.hashing import sha256_file
 from cmrhpc.study import Data, Folds
 
 SPOOL_MEMORY = 2**26  # bytes held in memory before the spool goes to disk
@@ -185,7 +186,7 @@ def _read_table(raw: Path, data: Data, classes: Sequence[str]) -> tuple[list[Row
 
     def now() -> str:
         try:
-            return shards.sha256_file(path)
+            return sha256_file(path)
         except OSError:  # `read_table` says what is wrong
             return ""
 

@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmrhpc import shards
 from cmrhpc.data.table import Row
+from cmrhpc.hashing import sha256_file
 
 IMAGE, MASK = "image_sha256", "mask_sha256"  # columns of the cohort's report
 
@@ -16,7 +16,7 @@ IMAGE, MASK = "image_sha256", "mask_sha256"  # columns of the cohort's report
 def hashes(row: Row, raw: Path) -> dict[str, str]:
     """The columns of the report that tell a row's files; no mask is an empty text."""
     named = {IMAGE: row.image, MASK: row.mask}
-    return {column: shards.sha256_file(raw / path) if path else "" for column, path in named.items()}
+    return {column: sha256_file(raw / path) if path else "" for column, path in named.items()}
 
 
 def changed(rows: Sequence[Row], raw: Path, report: str) -> str:

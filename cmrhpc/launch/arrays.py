@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.profile import Profile, memory_mb
-from cmrhpc.workspace import State
+from cmrhpc.validity import State
 
 MAX_ARRAYS = 300  # above that, folds share arrays: each array is a question to the controller, and a line in squeue
 TRAINING = ("synthesize", "refine", "classify")

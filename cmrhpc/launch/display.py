@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from cmrhpc.planning import STAGES
-from cmrhpc.workspace import State
+from cmrhpc.validity import State
 
 
 def duration(seconds: float) -> str:

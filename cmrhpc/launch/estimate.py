@@ -10,7 +10,8 @@ from cmrhpc.errors import CmrhpcError
 from cmrhpc.launch.arrays import TRAINING, Array
 from cmrhpc.planning import STAGES, Task
 from cmrhpc.profile import Profile
-from cmrhpc.workspace import State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Workspace
 
 SAMPLE = 5  # shards looked at per kind: a large study is not read through for a guess
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmrhpc import validity
 from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, plan_arrays
@@ -99,7 +100,7 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
         if queued := sorted(set(queue.values())):
             mend = "wait until they have ended, or cancel them"
             raise Incomplete("jobs of Slurm hold tasks of this workspace", f"job {', '.join(queued[:3])}", mend)
-        states = workspace.states()
+        states = validity.states(workspace)
         missing = {stage: [s for s in states[stage] if not s.done] for stage in STAGES}
         if any(missing[stage] for stage in STAGES if stage != "aggregate"):
             missing["aggregate"] = list(states["aggregate"])

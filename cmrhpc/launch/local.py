@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from cmrhpc import gpus, planning
+from cmrhpc import gpus, planning, validity
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, explained
 from cmrhpc.launch import records
 from cmrhpc.launch.display import Display
@@ -31,7 +31,8 @@ from cmrhpc.launch.failures import Failure
 from cmrhpc.launch.logs import all_to_log
 from cmrhpc.planning import COHORT, FOLDS, STAGES
 from cmrhpc.signals import STOP_SIGNALS, held, let_through
-from cmrhpc.workspace import State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Workspace
 
 
 @dataclass
@@ -70,7 +71,7 @@ class _Running:
 def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     """Run every missing task of a workspace, `jobs` at a time; a failed task stops only what needs it."""
     torch_there = importlib.util.find_spec("torch") is not None
-    states = workspace.states(check=True)
+    states = validity.states(workspace, check=True)
     if any(not s.done for stage in STAGES for s in states[stage] if stage != "aggregate"):
         # Even a report that agrees with the predictions that are there: they are about to change.
         states["aggregate"] = [replace(s, done=False) for s in states["aggregate"]]

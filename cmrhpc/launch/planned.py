@@ -8,9 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from cmrhpc import validity
 from cmrhpc.errors import BadInput
 from cmrhpc.launch import slurm
-from cmrhpc.workspace import State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Workspace
 
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where the cluster does not say
 SHOWN_REASONS = 5  # of a stage
@@ -20,7 +22,7 @@ _PLACE = re.compile(r"fold\d+_repeat\d+(_class(es|\d+))?")
 
 def print_plan(workspace: Workspace, stages: tuple[str, ...], as_json: bool, every: bool) -> None:
     """Counts per stage, and why tasks are missing: one line per stage and reason, with `every` one per task."""
-    states = workspace.states(stages, freeze=False)
+    states = validity.states(workspace, stages, freeze=False)
     counts = {
         stage: {"total": len(found), "done": sum(s.done for s in found), "missing": sum(not s.done for s in found)}
         for stage, found in states.items()
@@ -61,7 +63,7 @@ def print_ranges(workspace: Workspace, stage: str, chunk: int, offset: bool) -> 
 
     Slurm refuses an index of MaxArraySize or more, whatever the length of the array: those tasks need an offset.
     """
-    missing = [s.index for s in workspace.states((stage,))[stage] if not s.done]
+    missing = [s.index for s in validity.states(workspace, (stage,))[stage] if not s.done]
     if not missing:
         print(f"stage {stage}: nothing is missing", file=sys.stderr)
         return

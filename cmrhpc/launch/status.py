@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from cmrhpc import validity
 from cmrhpc.launch import reasons, records, slurm
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Element
 from cmrhpc.launch.submissions import Submission, read_submissions
-from cmrhpc.workspace import Entry, State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Entry, Workspace
 
 RUNNING, WAITING, FAILED = "running", "waiting", "failed"
 KEPT = "; its checkpoint is kept"
@@ -72,12 +74,12 @@ class Status:
 def status(workspace: Workspace) -> Status:
     """State of every stage. Asks Slurm at most twice and accounting once."""
     own = slurm.queue()  # before the shards: what ends meanwhile is then seen as done
-    states = workspace.states(freeze=False)
+    states = validity.states(workspace, freeze=False)
     index = workspace.index()
     jobs = _Jobs(workspace, own)
     jobs.look(states, index)
     if jobs.just_ended(states):
-        states, index = workspace.states(freeze=False), workspace.index()
+        states, index = validity.states(workspace, freeze=False), workspace.index()
     found = {}
     for stage, some in states.items():
         row = StageStatus(len(some), sum(state.done for state in some))

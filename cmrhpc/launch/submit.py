@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmrhpc import files
+from cmrhpc import files, validity
 from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, Ask, More, plan_arrays
@@ -29,7 +29,8 @@ from cmrhpc.launch.send import asked_path, dependency, script, settings, undistu
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
 from cmrhpc.planning import STAGES
 from cmrhpc.profile import Profile, memory_mb, memory_text, time_seconds, time_text
-from cmrhpc.workspace import State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Workspace
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -165,7 +166,7 @@ def _adopt(workspace: Workspace) -> None:
 
 def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.Limits) -> Proposal:
     """The arrays for all that is neither done nor queued."""
-    states = workspace.states()
+    states = validity.states(workspace)
     missing = {
         stage: [s for s in found if not s.done and (stage, s.index) not in queue.tasks]
         for stage, found in states.items()

@@ -21,6 +21,7 @@ import numpy as np
 from cmrhpc import files, planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.forked import in_order
+from cmrhpc.hashing import sha256_file, sha256_of
 from cmrhpc.measure.metrics import check_scores
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, Task
 from cmrhpc.report.tested import ImageTable, find_leaks, image_table
@@ -229,7 +230,7 @@ class Asked:
             return "it is the shard of another task"
         key = planning.settings_key(task)
         if key not in self.hashes:
-            self.hashes[key] = shards.sha256_of(planning.settings(self.study, task))
+            self.hashes[key] = sha256_of(planning.settings(self.study, task))
         if header.settings_sha256 != self.hashes[key]:
             return "it was made with other settings than the study asks for"
         if header.seed != planning.seed(self.study, task):
@@ -384,7 +385,7 @@ def _other_start(root: Path, study: Study, accepted: Mapping[str, _Found], tasks
     for classifier in right if (root / "study.toml").is_file() else ():
         if text := study.classifiers[classifier].weights:
             with contextlib.suppress(OSError):
-                right[classifier] = shards.sha256_file(root / text)
+                right[classifier] = sha256_file(root / text)
     return [name for name, value in told.items() if value != right[tasks[name].classifier]]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from cmrhpc import files, pictures, planning, shards
 from cmrhpc.errors import CmrhpcError
+from cmrhpc.hashing import sha256_of
 from cmrhpc.measure.kernel_distance import feature_distance, features
 from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.report import figures
@@ -212,7 +213,7 @@ def _log_lines(path: Path, told: str) -> Iterator[dict[str, Any]]:
     if not told or not path.is_file() or path.is_symlink() or path.stat().st_size > MAX_LOG_BYTES:
         return
     data = files.read_plain(path)
-    if shards.sha256_of(data) != told:
+    if sha256_of(data) != told:
         return
     for text in data.decode("utf-8", "replace").splitlines():
         try:

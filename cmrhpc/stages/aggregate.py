@@ -8,7 +8,8 @@ from cmrhpc import seal
 from cmrhpc.errors import CmrhpcError, Damage, Incomplete
 from cmrhpc.planning import REPORT
 from cmrhpc.report.aggregate import AggregateResult, aggregate
-from cmrhpc.workspace import Judge, Workspace, entry_of, report_sources
+from cmrhpc.validity import Judge, report_sources
+from cmrhpc.workspace import Workspace, entry_of
 
 
 def run_aggregate(workspace: Workspace) -> str:

@@ -11,6 +11,7 @@ import torch
 from cmrhpc import shards
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.errors import BadInput
+from cmrhpc.hashing import canonical, sha256_file
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, images_wanted
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
@@ -77,7 +78,7 @@ def classify(context: Context) -> None:
     if settings.weights:
         weights = context.workspace.weights(task.classifier)
         try:
-            context.beside[WEIGHTS] = shards.sha256_file(weights)
+            context.beside[WEIGHTS] = sha256_file(weights)
         except OSError as error:
             what = f"cannot read the weights {settings.weights}: {error.strerror or error}"
             raise BadInput(what, str(weights), "give a safetensors file") from None
@@ -125,6 +126,6 @@ def classify(context: Context) -> None:
         },
         companions={".jsonl": log.text().encode()},
         # For reading this folder alone; not content, because other settings of the study do not decide this result.
-        info=about(study.compute, device) | {"study": shards.canonical(study.to_share())},
+        info=about(study.compute, device) | {"study": canonical(study.to_share())},
     )
     checkpoints(context, log).clear()

@@ -18,6 +18,7 @@ from cmrhpc.data.region import to_unit
 from cmrhpc.data.selection import training_images
 from cmrhpc.errors import BadInput
 from cmrhpc.external import DECLARATION, TABLE, Place
+from cmrhpc.hashing import sha256_file
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.stages.task import Context
 
@@ -88,7 +89,7 @@ def _ids_of_images(context: Context, images: list[str], where: str) -> set[str]:
 
     data = context.workspace.study.data
     table = context.workspace.raw / data.table
-    if not table.is_file() or context.inputs[COHORT].inputs.get(data.table) != shards.sha256_file(table):
+    if not table.is_file() or context.inputs[COHORT].inputs.get(data.table) != sha256_file(table):
         what = "the raw table that image names belong to is not at hand, or changed"
         raise BadInput(what, where, f"declare ids instead (column id of {DECLARATION})", str(table))
     rows = read_table(context.workspace.raw, data.table, data.columns, check_files=False)

@@ -12,7 +12,8 @@ from cmrhpc.data.folds import make_folds
 from cmrhpc.data.ingest import ingest
 from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.planning import COHORT, FOLDS, Task
-from cmrhpc.workspace import Judge, Workspace
+from cmrhpc.validity import Judge
+from cmrhpc.workspace import Workspace
 
 TASK = Task("ingest")
 

@@ -17,7 +17,8 @@ from cmrhpc import planning, shards
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete, UsageError
 from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.signals import STOP_SIGNALS
-from cmrhpc.workspace import Judge, Workspace
+from cmrhpc.validity import Judge
+from cmrhpc.workspace import Workspace
 
 Progress = Callable[[int, int], None]
 

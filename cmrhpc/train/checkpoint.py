@@ -22,6 +22,7 @@ from torch import Tensor
 from cmrhpc import __version__
 from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.files import atomic_write, is_linked, open_plain
+from cmrhpc.hashing import differences
 
 SUFFIX = ".checkpoint"
 FORMAT = 4  # raised whenever a trainer goes on in another way from the same tensors
@@ -166,16 +167,6 @@ def _read(path: Path) -> tuple[Saved, dict[str, Any], str, Any] | None:
         return saved, meta["settings"], str(meta.get("version", "unknown"))[:40], meta.get("format", 0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error, SafetensorError):
         return None
-
-
-def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
-    """'key: stored -> asked' for every leaf in which two JSON-able values differ."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        lines = []
-        for key in sorted({*stored, *asked}):
-            lines += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
-        return lines
-    return [] if stored == asked else [f"{path or 'settings'}: {json.dumps(stored)} -> {json.dumps(asked)}"]
 
 
 def stop_here(checkpoints: Checkpoints | None, step: int, total: int) -> Checkpointed:

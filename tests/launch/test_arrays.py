@@ -12,7 +12,7 @@ from cmrhpc.launch.arrays import Array, plan_arrays
 from cmrhpc.planning import COHORT, FOLDS, STAGES
 from cmrhpc.profile import parse_profile
 from cmrhpc.study import STUDIES, Study, parse_study
-from cmrhpc.workspace import State
+from cmrhpc.validity import State
 
 PROFILE = parse_profile("")
 

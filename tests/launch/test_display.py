@@ -7,7 +7,7 @@ import pytest
 from cmrhpc.launch import display as module
 from cmrhpc.launch.display import Display, lines_of_one_task
 from cmrhpc.planning import STAGES, Task
-from cmrhpc.workspace import State
+from cmrhpc.validity import State
 
 
 class Clock:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from cmrhpc import seal, shards
+from cmrhpc import seal, shards, validity
 from cmrhpc.data.table import read_table
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.launch.records import read_record
@@ -92,7 +92,7 @@ def read_index(path: Path) -> None:
     (path.parent / "workspace" / "index.json").write_bytes(path.read_bytes())
     workspace = Workspace(path.parent / "workspace")
     assert workspace.index() == {}  # it holds no shard, whatever the file says
-    workspace.states(("ingest",))
+    validity.states(workspace, ("ingest",))
 
 
 def read_log_record(path: Path) -> None:

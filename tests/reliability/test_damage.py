@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import planning, shards
+from cmrhpc import planning, shards, validity
 from cmrhpc.launch.slurm import Limits
 from cmrhpc.launch.status import status
 from cmrhpc.launch.submit import Queue, propose
@@ -44,7 +44,7 @@ def damaged(root: Path) -> list[str]:
 
 def to_do(root: Path) -> list[str]:
     """Outputs that a run would look at again."""
-    states = Workspace(root).states(check=True)
+    states = validity.states(Workspace(root), check=True)
     return [state.task.output for stage in STAGES for state in states[stage] if not state.done]
 
 
@@ -159,7 +159,7 @@ def test_a_report_older_than_the_study_is_out_of_date_and_no_damage(copied: Path
 def test_a_workspace_without_shards_has_nothing_to_verify(fresh: Path) -> None:
     done = cmrhpc("verify", fresh, check=False)
     assert (done.returncode, done.stdout) == (4, "")
-    count = sum(len(found) for found in Workspace(fresh).states(freeze=False).values())
+    count = sum(len(found) for found in validity.states(Workspace(fresh), freeze=False).values())
     assert f"nothing to verify: no task is done yet, {count} are missing" in done.stderr
 
 
@@ -266,7 +266,9 @@ def test_what_verify_found_is_sent_and_made_again_also_without_run(
     flip(copied / name, 0.9)
     assert cmrhpc("verify", copied, check=False).returncode == 5
     assert (output, reason) in known(copied)
-    stage = next(stage for stage in STAGES for s in Workspace(copied).states()[stage] if s.task.output == output)
+    stage = next(
+        stage for stage in STAGES for s in validity.states(Workspace(copied))[stage] if s.task.output == output
+    )
     text = cmrhpc("plan", copied, "--stage", stage, "--array").stdout.strip()
     assert text.isdigit()
     cmrhpc("task", copied, "--stage", stage, "--index", text)
@@ -278,7 +280,7 @@ def test_a_task_that_meets_a_damaged_input_has_it_made_again(copied: Path) -> No
     assert known(copied) == set()
     flip(copied / f"{SYNTHETIC}.h5", 0.9)
     workspace = Workspace(copied)
-    refined = workspace.states(("refine",))["refine"]
+    refined = validity.states(workspace, ("refine",))["refine"]
     reader = next(s for s in refined if f"{SYNTHETIC}.h5" in planning.inputs(workspace.study, s.task))
     (copied / reader.task.output).unlink()
     done = cmrhpc("task", copied, "--stage", "refine", "--index", str(reader.index), check=False)
@@ -295,7 +297,7 @@ def test_what_was_mended_by_hand_is_not_sent_for_ever(undisturbed: Path, copied:
     found = {output for output, _ in known(copied)}
     assert {f"{SYNTHETIC}.h5", f"{PREDICTION}.h5"} <= found
     for stage, output in (("synthesize", SYNTHETIC), ("classify", PREDICTION)):
-        index = next(s.index for s in Workspace(copied).states()[stage] if s.task.output == f"{output}.h5")
+        index = next(s.index for s in validity.states(Workspace(copied))[stage] if s.task.output == f"{output}.h5")
         assert "already done" in cmrhpc("task", copied, "--stage", stage, "--index", str(index)).stdout
     assert known(copied) == set()
 
@@ -343,7 +345,7 @@ def test_no_shard_is_opened_before_its_checksum_was_seen_to_hold(
     workspace = Workspace(copied)
     assert f"{REFINED}.h5" not in workspace.index()
     for check in (False, True):
-        assert not all(state.done for state in workspace.states(check=check)["refine"])
+        assert not all(state.done for state in validity.states(workspace, check=check)["refine"])
     assert verify(workspace).damaged
     assert str(copied / f"{SYNTHETIC}.h5") in seen
     assert str(copied / f"{REFINED}.h5") not in seen

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import shards
+from cmrhpc import shards, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.stages.aggregate import aggregate_folder
 from cmrhpc.stages.task import run_task
@@ -177,7 +177,7 @@ def test_a_report_that_lost_its_seal_is_damaged_and_one_that_was_not_finished_is
         aggregate_folder(copied)
     assert (found(copied).damaged, found(copied).out_of_date) == ([], ["report: its making was not finished"])
     assert cmrhpc("verify", copied, check=False).returncode == 4
-    assert Workspace(copied).states()["aggregate"][0].reason == "its making was not finished"
+    assert validity.states(Workspace(copied))["aggregate"][0].reason == "its making was not finished"
     (copied / "report/figures").unlink()
     cmrhpc("run", copied, "--plain")
     assert found(copied).out_of_date == []

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmrhpc import planning, shards
+from cmrhpc.hashing import canonical
 from cmrhpc.planning import Task
 from cmrhpc.study import Study, parse_study
 
@@ -134,7 +135,7 @@ def write_one(
         "inputs": wanted,
         "seed": planning.seed(study, task),
         "attributes": {"classes": list(study.classes), "best_step": 200, "n_train_real": 1, "n_train_added": 0},
-        "info": {"device": "cpu", "seconds": 2.0, "study": shards.canonical(study.to_json())},
+        "info": {"device": "cpu", "seconds": 2.0, "study": canonical(study.to_json())},
     }
     path = root / changes.pop("path", task.output)
     shards.write_shard(path, data, **(options | changes))

@@ -10,6 +10,7 @@ import pytest
 
 from cmrhpc import planning, shards
 from cmrhpc.errors import BadInput
+from cmrhpc.hashing import canonical
 from cmrhpc.report import csvfiles
 from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import collect
@@ -311,7 +312,7 @@ def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_decla
     now = parse_study(changed)
     if alone:  # no study.toml: the newest shard tells the study
         task = planning.tasks(now, "classify")[0]
-        info = {"study": shards.canonical(now.to_json()), "written": "2999-01-01T00:00:00Z"}
+        info = {"study": canonical(now.to_json()), "written": "2999-01-01T00:00:00Z"}
         (tmp_path / task.output).unlink()  # one of the same content would stay as it is
         made.write_one(tmp_path, now, task, made.datasets(one, task, made.noisy_scores(one.label, 2, {})), info=info)
     else:
@@ -336,7 +337,7 @@ def test_arms_that_started_from_different_weights_are_not_compared(tmp_path: Pat
     for task in planning.tasks(study, "classify"):
         old = task.arm == "none"
         weights = {"weights": ("d" if old else "e") * 64} if task.classifier == "resnet50" else {}
-        info = {"study": shards.canonical(study.to_json()), "written": f"20{25 + (not old)}-01-01T00:00:00Z"}
+        info = {"study": canonical(study.to_json()), "written": f"20{25 + (not old)}-01-01T00:00:00Z"}
         made.write_one(tmp_path, study, task, made.datasets(one, task, scores), inputs=weights, info=info)
     result = aggregate(tmp_path)
     assert set(result.missing.values()) == {"it was trained from other start weights"}

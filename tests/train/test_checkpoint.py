@@ -14,7 +14,8 @@ import torch
 
 from cmrhpc.errors import BadInput, Checkpointed
 from cmrhpc.files import never_create
-from cmrhpc.train.checkpoint import Checkpoints, differences
+from cmrhpc.hashing import differences
+from cmrhpc.train.checkpoint import Checkpoints
 from tests.train.small import same
 
 SETTINGS = {"seed": 3, "generator": {"batch": 32, "mutations": ["minimax"]}}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmrhpc import validity
 from cmrhpc.data.selection import training_images
 from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.planning import COHORT, FOLDS, inputs
@@ -182,14 +183,14 @@ def test_weights_to_start_from_are_an_input(finished: Path, tmp_path: Path) -> N
     for seed in (1, 2):  # somebody puts other weights there
         save_file(build_classifier("resnet50", 1, 2, seed).state_dict(), tmp_path / "start.safetensors")
         found = Workspace(root)
-        state = found.states(("classify",))["classify"][0]
+        state = validity.states(found, ("classify",))["classify"][0]
         why = {1: "settings changed", 2: "the weights that resnet50 starts from changed"}
         assert state.reason.startswith(why[seed])
         assert not state.done
         run_task(found, "classify", 0)
-        assert Workspace(root).states(("classify",))["classify"][0].done
+        assert validity.states(Workspace(root), ("classify",))["classify"][0].done
     (tmp_path / "start.safetensors").unlink()  # where it is not at hand, it is not compared
-    assert Workspace(root).states(("classify",))["classify"][0].done
+    assert validity.states(Workspace(root), ("classify",))["classify"][0].done
 
 
 def test_a_task_of_an_older_study_does_not_replace_what_was_done_anew(finished: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import submitit
 
 import cmrhpc
+from cmrhpc import validity
 from cmrhpc.errors import Incomplete
 from cmrhpc.launch import claim
 from cmrhpc.workspace import Workspace
@@ -39,7 +40,7 @@ def test_executors_that_know_no_dependencies(copied: Path, tmp_path: Path, monke
     bad.rmdir()
     jobs = cmrhpc.submit(copied, submitit.DebugExecutor(tmp_path / "logs"))
     assert [job.result() for job in jobs] == ["classify 0: exit code 0", "aggregate 0: exit code 0"]
-    assert all(s.done for found in Workspace(copied).states().values() for s in found)
+    assert all(s.done for found in validity.states(Workspace(copied)).values() for s in found)
     assert command("verify", copied).stdout.splitlines()[-1] == digest
     assert cmrhpc.submit(copied, executor) == []
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmrhpc import validity
 from cmrhpc.data.export import export
 from cmrhpc.data.mha import mha_bytes
 from cmrhpc.errors import BadInput
@@ -68,7 +69,7 @@ def refused(root: Path, place: str = PLACE) -> str:
 
 
 def missing(root: Path) -> dict[str, str]:
-    states = Workspace(root).states()
+    states = validity.states(Workspace(root))
     return {s.task.output: s.reason for stage in STAGES[:-1] for s in states[stage] if not s.done}
 
 

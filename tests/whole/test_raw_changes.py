@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc import validity
 from cmrhpc.data import ingest as ingest_module
 from cmrhpc.data.images import Reader
 from cmrhpc.errors import BadInput
@@ -29,16 +30,16 @@ def test_a_changed_raw_file_is_named_and_ingested_again(tmp_path: Path, what: st
     before = read_shard(root / "cohort.h5").content_sha256
     # Another slice of the same patient, on the same grid.
     raw_file(root, column).write_bytes(raw_file(root, column, row=1).read_bytes())
-    assert workspace.states()["ingest"][0].done  # planning looks at the table alone
-    [state] = workspace.states(check=True)["ingest"]
+    assert validity.states(workspace)["ingest"][0].done  # planning looks at the table alone
+    [state] = validity.states(workspace, check=True)["ingest"]
     assert state.reason == f"the {what} of row 2 changed"
     done = cmrhpc("verify", root, check=False)
     assert done.returncode == 5
     assert f"cohort.h5: the {what} of row 2 changed" in done.stdout
-    assert workspace.states()["ingest"][0].reason == "the raw images or masks changed"  # `verify` told it
+    assert validity.states(workspace)["ingest"][0].reason == "the raw images or masks changed"  # `verify` told it
     run_task(workspace, "ingest", 0)
-    assert workspace.states()["ingest"][0].done
-    assert workspace.states(check=True)["ingest"][0].done
+    assert validity.states(workspace)["ingest"][0].done
+    assert validity.states(workspace, check=True)["ingest"][0].done
     assert read_shard(root / "cohort.h5").content_sha256 != before
 
 
@@ -49,10 +50,10 @@ def test_a_raw_file_that_gives_the_same_image_is_asked_for_once(tmp_path: Path) 
     before = read_shard(root / "cohort.h5").content_sha256
     file = raw_file(root, 0)
     file.write_bytes(file.read_bytes().replace(b"NDims = 3", b"NDims =  3"))
-    assert workspace.states(check=True)["ingest"][0].reason == "the image of row 2 changed"
+    assert validity.states(workspace, check=True)["ingest"][0].reason == "the image of row 2 changed"
     run_task(workspace, "ingest", 0)
     for check in (True, False):
-        assert workspace.states(check=check)["ingest"][0].done
+        assert validity.states(workspace, check=check)["ingest"][0].done
     assert read_shard(root / "cohort.h5").content_sha256 == before
 
 
@@ -62,12 +63,12 @@ def test_a_file_that_is_gone_is_named_and_a_folder_out_of_reach_is_not_looked_fo
     run_task(workspace, "ingest", 0)
     raw_file(root, 0).unlink()
     gone = "cohort.csv row 2 (line 3), column image: the image does not exist"
-    assert workspace.states(check=True)["ingest"][0].reason == gone
+    assert validity.states(workspace, check=True)["ingest"][0].reason == gone
     raw_file(root, 0).symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_bytes(b"of somebody else")
-    assert "a link that leaves the raw folder" in workspace.states(check=True)["ingest"][0].reason
+    assert "a link that leaves the raw folder" in validity.states(workspace, check=True)["ingest"][0].reason
     (root / "raw").rename(tmp_path / "elsewhere")
-    assert workspace.states(check=True)["ingest"][0].done
+    assert validity.states(workspace, check=True)["ingest"][0].done
 
 
 def test_a_table_that_is_edited_meanwhile_is_not_taken_for_the_one_that_was_read(
@@ -85,7 +86,7 @@ def test_a_table_that_is_edited_meanwhile_is_not_taken_for_the_one_that_was_read
     monkeypatch.setattr(Reader, "read", read_and_edit)
     workspace = Workspace(root)
     run_task(workspace, "ingest", 0)
-    assert workspace.states()["ingest"][0].reason == "the table cohort.csv changed"
+    assert validity.states(workspace)["ingest"][0].reason == "the table cohort.csv changed"
 
     read_table = ingest_module.read_table
     monkeypatch.setattr(
