@@ -7,9 +7,8 @@ import re
 from typing import Any
 
 from cmrhpc.errors import UsageError
+from cmrhpc.names import STAGES
 from cmrhpc.near import did_you_mean
-
-STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
 
 PROFILE = "a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles"
 

@@ -151,12 +151,11 @@ def run(args: argparse.Namespace) -> int:
         from cmrhpc.workspace import Workspace
 
     workspace = Workspace(args.workspace)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = workspace.study.compute.threads
-    jobs = args.jobs or len(gpus.usable()) or max(1, cores // threads)
-    if args.jobs and jobs * threads > cores:  # threads that wait for each other at every operation
-        crowded = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {cores} cores"
-        print(f"{crowded}: --jobs {max(1, cores // threads)} is quicker", file=sys.stderr)
+    jobs = args.jobs or gpus.tasks_at_once(threads)
+    if args.jobs and jobs * threads > gpus.cores():  # threads that wait for each other at every operation
+        crowded = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {gpus.cores()} cores"
+        print(f"{crowded}: --jobs {gpus.tasks_on_cores(threads)} is quicker", file=sys.stderr)
     summary = run_all(workspace, jobs, args.plain)
     if not summary.done and not summary.failed and not summary.missing:
         print(f"nothing to do: all {summary.already} tasks are done")
@@ -283,8 +282,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from cmrhpc.bench.run import SECTIONS, cores
+    from cmrhpc.bench.run import SECTIONS
     from cmrhpc.bench.run import bench as measure
+    from cmrhpc.gpus import cores
 
     only = [word for word in (args.only or "").split(",") if word]
     for word in only:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from cmrhpc.gpus import cores
 from cmrhpc.signals import held
 
 Item = TypeVar("Item")
@@ -68,7 +68,7 @@ def in_order(call: Callable[[Item], Result], items: Sequence[Item], processes: i
 def _processes() -> int:
     if sys.platform != "linux" or threading.active_count() > 1 or multiprocessing.current_process().daemon:
         return 1
-    return min(MOST, len(os.sched_getaffinity(0)))
+    return min(MOST, cores())
 
 
 def _work(call: Callable[[Any], Any], items: Sequence[Any], reader: Connection, writer: Connection) -> None:

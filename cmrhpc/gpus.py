@@ -1,4 +1,7 @@
-"""The GPUs that tasks of this machine may use, by the names that CUDA_VISIBLE_DEVICES takes. Standard library only."""
+"""The GPUs and cores of this machine that tasks may use. Standard library only.
+
+A GPU has the name that CUDA_VISIBLE_DEVICES takes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,21 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tasks_on_cores(threads: int) -> int:
+    """How many tasks of so many threads these cores carry side by side; one at least."""
+    return max(1, cores() // threads)
+
+
+def tasks_at_once(threads: int) -> int:
+    """How many tasks `run` starts side by side where nobody says: one per visible GPU, else what the cores carry."""
+    return len(usable()) or tasks_on_cores(threads)
 
 
 def named(visible: str) -> list[str]:

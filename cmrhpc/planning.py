@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from cmrhpc.names import STAGES
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import ArmParts, Study, arm_parts, cell_of
 
-STAGES = ("ingest", "synthesize", "refine", "classify", "aggregate")
 COHORT, FOLDS, REPORT = "cohort.h5", "folds.h5", "report/sources.json"
 WEIGHTS = "weights"  # what a prediction calls the file that its classifier starts from, among its inputs
 

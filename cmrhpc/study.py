@@ -16,11 +16,11 @@ from typing import Any
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
+from cmrhpc.names import METRICS
 from cmrhpc.typed import build, element, setting, unknown
 
 STUDIES = Path(__file__).parent / "studies"
 MUTATIONS = ("minimax", "heuristic", "least-squares")
-METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
 
 
 @dataclass(frozen=True)

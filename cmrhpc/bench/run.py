@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "instructions": known,
-        "cores": cores(),
+        "cores": gpus.cores(),
         "load": round(load, 2),
         "busy": load > BUSY * (os.cpu_count() or 1),
         "python": platform.python_version(),
@@ -48,10 +48,6 @@ def machine() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "cmrhpc": __version__,
     }
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bench(
@@ -146,7 +142,7 @@ def bench(
             rates = ", ".join(f"{count}: {f'{rate:.1f}' if rate else 'do not fit'}" for count, rate in told)
             say(f"GPU {found['gpu']['name']}: generations per second by number of models {rates}")
         if wanted("predict"):
-            jobs = len(gpus.usable()) or max(1, cores() // study.compute.threads)  # as `run` does
+            jobs = gpus.tasks_at_once(study.compute.threads)  # as `run` does
             row = predict.predict(study, opened, jobs, OUTSIDE)
             found["prediction"] = row
             for stage, one in row["stages"].items():

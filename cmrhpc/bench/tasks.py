@@ -18,6 +18,7 @@ from cmrhpc.data.phantom import write_phantom
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.hashing import canonical
 from cmrhpc.init import make_workspace
+from cmrhpc.names import PREDICTIONS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.workspace import Workspace
 
@@ -145,7 +146,7 @@ def _predict_all(workspace: Workspace) -> None:
                 "history_validation_loss": np.ones(1),
                 "history_validation_accuracy": np.ones(1),
             },
-            schema="predictions-1",
+            schema=PREDICTIONS_SCHEMA,
             task=task.to_json(),
             settings=planning.settings(study, task),
             inputs=hashes,

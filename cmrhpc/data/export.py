@@ -16,6 +16,7 @@ from cmrhpc.data.mha import mha_bytes
 from cmrhpc.data.region import from_unit
 from cmrhpc.errors import BadInput, CmrhpcError, UsageError
 from cmrhpc.hashing import sha256_of
+from cmrhpc.names import COHORT_SCHEMA, FOLDS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.shards import Shard, read_shard
 
@@ -116,7 +117,7 @@ def _export_folds(workspace: Path, shard: str, out: _Out, limit: int) -> int:
 
     if shard != COHORT:
         raise UsageError("--by-fold is for the cohort", "--shard", f"--shard {COHORT} --by-fold")
-    source, folds = read_shard(workspace / COHORT, "cohort-1"), read_shard(workspace / FOLDS, "folds-1")
+    source, folds = read_shard(workspace / COHORT, COHORT_SCHEMA), read_shard(workspace / FOLDS, FOLDS_SCHEMA)
     row_of = {one: row for row, one in enumerate(source.strings("id"))}
     physics, count = _physics(source, workspace), 0
     for repeat in range(folds.attributes["repeats"]):
@@ -181,12 +182,12 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _physics(source: Shard, workspace: Path) -> _Physics:
-    if source.schema == "cohort-1":
+    if source.schema == COHORT_SCHEMA:
         return _Physics(source["window"], source["grid_spacing"])
     count = len(source["label"])
     unknown = _Physics(np.full((count, 2), np.nan), np.full(count, np.nan))
     try:
-        cohort = read_shard(workspace / COHORT, "cohort-1")
+        cohort = read_shard(workspace / COHORT, COHORT_SCHEMA)
     except CmrhpcError:
         return unknown
     if source.inputs.get(COHORT) != cohort.content_sha256 or "train_id" not in source:

@@ -29,6 +29,7 @@ from cmrhpc.data.sheet import Sheet
 from cmrhpc.data.table import Row, normalised_apart, read_heading, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.hashing import sha256_file
+from cmrhpc.names import COHORT_SCHEMA
 from cmrhpc.study import Data, Folds
 
 SPOOL_MEMORY = 2**26  # bytes held in memory before the spool goes to disk
@@ -156,7 +157,7 @@ def ingest(
             shards.write_shard(
                 out,
                 datasets,
-                schema="cohort-1",
+                schema=COHORT_SCHEMA,
                 task=task or {"stage": "ingest"},
                 settings=settings or _settings(data, classes),
                 inputs={data.table: table_sha256},

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from cmrhpc.errors import Incomplete
+from cmrhpc.errors import Checkpointed, Incomplete
 
 TASK_SH = Path(__file__).with_name("task.sh")
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-CHECKPOINTED = 75
 
 
 def run_element(workspace: str, stage: str, tasks: Sequence[int], settings: dict[str, str]) -> str:
@@ -58,7 +57,7 @@ def run_element(workspace: str, stage: str, tasks: Sequence[int], settings: dict
 
     said = f"{stage} {here['CMRHPC_TASKS']}: exit code {code}"
     if code and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        if code == CHECKPOINTED:
+        if code == Checkpointed.exit_code:
             sys.exit(code)
         # submitit would turn every failure into 1, and Slurm's accounting would not know which.
         atexit.register(_leave, code if code > 0 else 128 - code)

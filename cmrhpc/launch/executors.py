@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmrhpc import validity
+from cmrhpc import gpus, validity
 from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, plan_arrays
@@ -92,8 +91,7 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
 
 
 def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) -> list[Job[str]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = max(1, cores // workspace.study.compute.threads)
+    at_once = gpus.tasks_on_cores(workspace.study.compute.threads)
     found: list[Job[str]] = []
     with claim.hold(claim_folder(workspace)) as ours, _kept(ours):
         queue = ask_queue(workspace, claimed=True).tasks if slurm.installed() else {}

@@ -11,7 +11,6 @@ import numpy as np
 
 from cmrhpc.errors import BadInput, Damage
 
-METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
 IDENTITY_TOLERANCE = 1e-12
 MAX_PAIRS = 1_000_000  # pairs of patients that are held in memory
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
-from cmrhpc.measure.metrics import METRICS
+from cmrhpc.names import METRICS
 from cmrhpc.report import csvfiles, figures, tables
 from cmrhpc.report.collect import collect
 from cmrhpc.report.gallery import make_gallery

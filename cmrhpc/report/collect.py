@@ -23,13 +23,13 @@ from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.forked import in_order
 from cmrhpc.hashing import sha256_file, sha256_of
 from cmrhpc.measure.metrics import check_scores
+from cmrhpc.names import IMAGES_SCHEMA, PREDICTIONS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, Task
 from cmrhpc.report.tested import ImageTable, find_leaks, image_table
 from cmrhpc.shards import Shard
 from cmrhpc.study import Primary, Study, load_study
 from cmrhpc.typed import build
 
-SCHEMA = "predictions-1"
 Key = tuple[str, str, float]  # classifier, arm, ratio
 
 
@@ -172,7 +172,7 @@ def _read_or_why(path: Path) -> _Found | str:
 def _read(path: Path) -> _Found:
     """Read one shard whole. Raises BadInput when it cannot be used, whatever the study."""
     kinds = _NEEDED | _OPTIONAL
-    shard, data = shards.read_shard_with(path, kinds, SCHEMA)
+    shard, data = shards.read_shard_with(path, kinds, PREDICTIONS_SCHEMA)
     absent = [name for name in _NEEDED if name not in shard]
     if absent:
         raise BadInput(f"it lacks {', '.join(absent)}")
@@ -364,7 +364,7 @@ def _made_from(
     found = {}
     for path, task in behind.items():
         shard = asked.header(path)
-        if shard is None or shard.schema != "images-1":
+        if shard is None or shard.schema != IMAGES_SCHEMA:
             continue
         try:
             made_from = shard["train_id"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cmrhpc.measure import metrics, statistics
-from cmrhpc.measure.metrics import METRICS
+from cmrhpc.names import METRICS
 from cmrhpc.report.collect import Cell, Key
 from cmrhpc.report.evaluate import Cells, Evaluator, PerPatient, Pooled, Row, per_patient, rests_on
 from cmrhpc.seeds import derive_seed

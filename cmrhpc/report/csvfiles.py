@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cmrhpc.csvtext import Cell, to_csv
-from cmrhpc.measure.metrics import METRICS
+from cmrhpc.names import METRICS
 from cmrhpc.report.published import published
 from cmrhpc.report.result import Result, best_text
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cmrhpc.measure import metrics, statistics
-from cmrhpc.measure.metrics import METRICS
+from cmrhpc.names import METRICS
 from cmrhpc.report.collect import Cell, Collection, Key
 from cmrhpc.seeds import derive_seed
 

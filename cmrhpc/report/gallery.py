@@ -19,6 +19,7 @@ from cmrhpc import files, pictures, planning, shards
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.hashing import sha256_of
 from cmrhpc.measure.kernel_distance import feature_distance, features
+from cmrhpc.names import COHORT_SCHEMA, FOLDS_SCHEMA, IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.report import figures
 from cmrhpc.report.collect import Asked, Collection
@@ -71,7 +72,7 @@ class _Images:
     def __init__(self, collection: Collection, notes: list[str]):
         self.root, self.study, self.notes = collection.root, collection.study, notes
         self.asked = Asked(self.root, self.study, {})
-        self.cohort, self.folds = self._open(COHORT, "cohort-1"), self._open(FOLDS, "folds-1")
+        self.cohort, self.folds = self._open(COHORT, COHORT_SCHEMA), self._open(FOLDS, FOLDS_SCHEMA)
         if self.cohort and self.folds:
             self.rows = {image: row for row, image in enumerate(self.cohort.strings("id"))}
             self.label = self.cohort["label"]
@@ -89,7 +90,7 @@ class _Images:
 
     def made(self, task: Task) -> Shard | None:
         """The shard of a synthesize or refine task if it is there and is what the study asks for."""
-        shard = self._open(task.output, "images-1")
+        shard = self._open(task.output, IMAGES_SCHEMA)
         reason = self.asked.reason(task, shard) if shard else ""
         if reason:
             self.notes.append(f"{task.output}: {reason}; left out")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from cmrhpc.errors import printable
-from cmrhpc.measure.metrics import METRICS
+from cmrhpc.names import METRICS
 from cmrhpc.report.collect import Key
 from cmrhpc.report.compare import Comparison
 from cmrhpc.report.published import WARNING, WARNING_SHORT, Published, published

@@ -12,6 +12,7 @@ from cmrhpc import shards
 from cmrhpc.data.selection import held_out_images, training_images
 from cmrhpc.errors import BadInput
 from cmrhpc.hashing import canonical, sha256_file
+from cmrhpc.names import PREDICTIONS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, images_wanted
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
@@ -117,7 +118,7 @@ def classify(context: Context) -> None:
             "history_validation_loss": np.array([row["validation_loss"] for row in history], np.float64),
             "history_validation_accuracy": np.array([row["validation_accuracy"] for row in history], np.float64),
         },
-        schema="predictions-1",
+        schema=PREDICTIONS_SCHEMA,
         attributes={
             "classes": list(study.classes),
             "best_step": trained.best_step,

@@ -19,6 +19,7 @@ from cmrhpc.data.selection import training_images
 from cmrhpc.errors import BadInput
 from cmrhpc.external import DECLARATION, TABLE, Place
 from cmrhpc.hashing import sha256_file
+from cmrhpc.names import IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.stages.task import Context
 
@@ -58,7 +59,7 @@ def take_in(context: Context) -> None:
             "label": np.full(len(images), task.label, np.int64),
             "train_id": shards.text_array(declared),
         },
-        schema="images-1",
+        schema=IMAGES_SCHEMA,
         companions={".png": pictures.grid(images[:SHOWN], columns=8, scale=2)},
         info={"device": "cpu"},
     )

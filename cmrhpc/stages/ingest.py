@@ -11,6 +11,7 @@ from cmrhpc import planning, shards
 from cmrhpc.data.folds import make_folds
 from cmrhpc.data.ingest import ingest
 from cmrhpc.errors import BadInput, Checkpointed
+from cmrhpc.names import COHORT_SCHEMA, FOLDS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.validity import Judge
 from cmrhpc.workspace import Workspace
@@ -55,7 +56,7 @@ def run_ingest(
             progress=read,
         )
         lines.append(f"{summary}\nread in {time.time() - begun:.1f} s")
-    cohort = shards.read_shard(workspace.path(COHORT), "cohort-1")
+    cohort = shards.read_shard(workspace.path(COHORT), COHORT_SCHEMA)
     seed = planning.seed(study, TASK, FOLDS)
     ids, patients, labels = cohort.strings("id"), cohort.strings("patient"), cohort["label"]
     splits, warnings = make_folds(ids, patients, labels, study.folds, len(study.classes), seed, study.classes)
@@ -67,7 +68,7 @@ def run_ingest(
     shards.write_shard(
         workspace.path(FOLDS),
         datasets,
-        schema="folds-1",
+        schema=FOLDS_SCHEMA,
         task=TASK.to_json(),
         settings=planning.settings(study, TASK, FOLDS),
         inputs={COHORT: cohort.content_sha256},

@@ -6,6 +6,7 @@ import torch
 
 from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
+from cmrhpc.names import IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.stages.device import about, choose_device
 from cmrhpc.stages.task import Context
@@ -44,7 +45,7 @@ def refine(context: Context) -> None:
             "label": source["label"][of_class],
             "train_id": shards.text_array(real.ids),
         },
-        schema="images-1",
+        schema=IMAGES_SCHEMA,
         companions={
             ".safetensors": weights_bytes(trained.weights()),
             ".jsonl": log.text().encode(),

@@ -7,6 +7,7 @@ import torch
 
 from cmrhpc import pictures, shards
 from cmrhpc.data.selection import training_images
+from cmrhpc.names import IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, images_wanted
 from cmrhpc.seeds import derive_seed
 from cmrhpc.stages.device import about, choose_device
@@ -49,7 +50,7 @@ def synthesize(context: Context) -> None:
             "untrained": trained.untrained.numpy(),
             "train_id": shards.text_array(real.ids),
         },
-        schema="images-1",
+        schema=IMAGES_SCHEMA,
         companions={
             ".safetensors": weights_bytes(trained.weights()),
             ".jsonl": log.text().encode(),
