@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmrhpc import gpus, planning, validity
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError, Damage, Incomplete, explained
@@ -47,13 +47,22 @@ class Summary:
     stopped_by: int = 0  # the signal that asked the run to stop
 
 
-KILLED = (
+class Outcome(NamedTuple):
+    """How a task ended; it comes through a pipe as a plain tuple."""
+
+    state: str  # done, stopped or failed, as in its record
+    what: str
+    where: str = ""
+    mend: str = ""
+    exit_code: int = 0
+    kept: bool = False  # whether its output was written all the same
+
+
+KILLED = Outcome(
     records.FAILED,
     "the process ended without a word (killed, or out of memory)",
-    "",
-    "see the end of its log, and the system's log for a lack of memory",
-    Incomplete.exit_code,
-    False,
+    mend="see the end of its log, and the system's log for a lack of memory",
+    exit_code=Incomplete.exit_code,
 )
 
 
@@ -63,8 +72,7 @@ class _Running:
     process: BaseProcess
     messages: Connection
     gpu: str = ""  # where there is more than one
-    # done or stopped with a message; failed with what, where, mend, exit code, and whether its output was written
-    outcome: tuple[Any, ...] = KILLED
+    outcome: Outcome = KILLED
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -233,7 +241,7 @@ def _listen(task: _Running, display: Display) -> bool:
     if kind == "progress":
         display.progress(task.state, *values)
     else:
-        task.outcome = (kind, *values)
+        task.outcome = Outcome(kind, *values)
     return True
 
 
@@ -241,26 +249,26 @@ def _finish(
     workspace: Workspace, task: _Running, made: set[str], summary: Summary, display: Display, stopping: bool
 ) -> None:
     task.process.join()
-    outcome, reason, *more = task.outcome
-    if task.outcome == KILLED and stopping:
-        outcome, reason = records.STOPPED, "ended before it could save a checkpoint"
-        records.write_record(workspace, task.state.task.stage, task.state.index, outcome, reason)
-    state = task.state
-    if outcome == records.DONE:
+    state, outcome = task.state, task.outcome
+    if outcome == KILLED and stopping:
+        outcome = Outcome(records.STOPPED, "ended before it could save a checkpoint")
+        records.write_record(workspace, state.task.stage, state.index, outcome.state, outcome.what)
+    if outcome.state == records.DONE:
         made.update({COHORT, FOLDS} if state.task.stage == "ingest" else {state.task.output})
         summary.done += 1
-    elif outcome == records.FAILED:
+    elif outcome.state == records.FAILED:
+        what, where, mend, code = outcome.what, outcome.where, outcome.mend, outcome.exit_code
         log = workspace.log_path(state.task.stage, state.index)
-        where, mend, code, kept = more
         summary.damage = summary.damage or code == Damage.exit_code
-        outcome = records.DONE if kept else records.FAILED
-        told = str(CmrhpcError(reason, where, mend))
-        records.write_record(workspace, state.task.stage, state.index, outcome, told)
-        if not (kept and code == Incomplete.exit_code and summary.failed):  # what the report lacks is told already
-            summary.failed.append(Failure(state.task.title, reason, where, mend, str(log)))
+        outcome = outcome._replace(state=records.DONE if outcome.kept else records.FAILED)
+        told = str(CmrhpcError(what, where, mend))
+        records.write_record(workspace, state.task.stage, state.index, outcome.state, told)
+        # What the report lacks is told already.
+        if not (outcome.kept and code == Incomplete.exit_code and summary.failed):
+            summary.failed.append(Failure(state.task.title, what, where, mend, str(log)))
     else:
         summary.missing.append(state.task.title)
-    display.finished(state, outcome, reason, time.monotonic() - task.begun)
+    display.finished(state, outcome.state, outcome.what, time.monotonic() - task.begun)
 
 
 class _StopFlag:
@@ -321,11 +329,11 @@ def _child(root: str, stage: str, index: int, messages: Connection, gpu: str = "
             message = run_task(workspace, stage, index, progress, request)
             print(message)
             records.write_record(workspace, stage, index, records.DONE, message)
-            tell(records.DONE, message)
+            tell(*Outcome(records.DONE, message))
         except Checkpointed as error:
             print(error)
             records.write_record(workspace, stage, index, records.STOPPED, error.what)
-            tell(records.STOPPED, error.what)
+            tell(*Outcome(records.STOPPED, error.what))
         except BaseException as error:
             told = explained(error, see="the log holds the traceback")
             if isinstance(error, OSError):  # its file may bear a patient's name, so it is not told
@@ -333,5 +341,5 @@ def _child(root: str, stage: str, index: int, messages: Connection, gpu: str = "
             elif told is not error:
                 traceback.print_exc()
             print(told)
-            tell(records.FAILED, told.what, told.where, told.mend, told.exit_code, told.kept)
+            tell(*Outcome(records.FAILED, told.what, told.where, told.mend, told.exit_code, told.kept))
     messages.close()

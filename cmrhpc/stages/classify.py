@@ -15,8 +15,8 @@ from cmrhpc.hashing import canonical, sha256_file
 from cmrhpc.names import PREDICTIONS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, images_wanted
 from cmrhpc.seeds import derive_seed
+from cmrhpc.stages.context import Context
 from cmrhpc.stages.device import about, choose_device
-from cmrhpc.stages.task import Context
 from cmrhpc.stages.training import TrainingLog, checkpoints
 from cmrhpc.study import arm_parts
 from cmrhpc.train.affine import expand

@@ -21,7 +21,7 @@ from cmrhpc.external import DECLARATION, TABLE, Place
 from cmrhpc.hashing import sha256_file
 from cmrhpc.names import IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS
-from cmrhpc.stages.task import Context
+from cmrhpc.stages.context import Context
 
 SHOWN = 64  # images of the sample grid
 SCALES = {"u1": 127.5, "u2": 32767.5}  # whole-numbered pixels: half of the largest value

@@ -10,8 +10,8 @@ from cmrhpc.data.selection import training_images
 from cmrhpc.names import IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, images_wanted
 from cmrhpc.seeds import derive_seed
+from cmrhpc.stages.context import Context
 from cmrhpc.stages.device import about, choose_device
-from cmrhpc.stages.task import Context
 from cmrhpc.stages.training import TrainingLog, checkpoints, weights_bytes
 from cmrhpc.train.gan import train_gan
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cmrhpc import planning
-from cmrhpc.stages.task import Context
+from cmrhpc.stages.context import Context
 from cmrhpc.train.checkpoint import Checkpoints
 
 

@@ -16,7 +16,8 @@ from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.planning import COHORT, FOLDS, inputs
 from cmrhpc.shards import read_shard
 from cmrhpc.stages.classify import TrainingSet, classify, training_set
-from cmrhpc.stages.task import Context, run_task
+from cmrhpc.stages.context import Context
+from cmrhpc.stages.task import run_task
 from cmrhpc.stages.training import TrainingLog, checkpoints
 from cmrhpc.workspace import Workspace
 
