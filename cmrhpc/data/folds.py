@@ -67,7 +67,8 @@ def make_folds(
     the same share of every class, at least one where the class has two, and never its last one: then the validation set
     lacks the class. group_by "image" treats every image as a patient of its own, as the papers do.
 
-    Raises BadInput for a class with fewer patients than folds. The result depends on the arguments alone.
+    Raises BadInput for a class with fewer patients than folds, and for a fold whose validation set would be empty. The
+    result depends on the arguments alone.
     """
     label = np.asarray(label)
     groups = list(ids) if folds.group_by == "image" else list(patient)
@@ -84,6 +85,10 @@ def make_folds(
         for fold in range(folds.k):
             rng = np.random.default_rng(derive_seed(seed, "validation", repeat, fold))
             held = _cut(counts * (test_fold != fold)[:, None], folds.validation_fraction, rng)
+            if not held.any():
+                unit = "image" if folds.group_by == "image" else "patient"
+                what = f"repeat {repeat} fold {fold}: the validation set is empty, no class can spare a training {unit}"
+                raise BadInput(what, "study.toml [folds]", _more_to_train_on(counts, folds))
             part = np.where(test_fold == fold, 2, np.where(held, 1, 0))[member]
             chosen = [tuple(ids[i] for i in np.flatnonzero(part == p).tolist()) for p in range(3)]
             splits[repeat, fold] = Split(chosen[0], chosen[1], chosen[2])
@@ -92,6 +97,13 @@ def make_folds(
                 for title in (classes[c] if classes else str(c) for c in absent):
                     warnings.append(f'repeat {repeat} fold {fold}: the {name} set has no image of class "{title}"')
     return splits, warnings
+
+
+def _more_to_train_on(counts: np.ndarray, folds: Folds) -> str:
+    """How every class gets a second training patient: more of them, or more folds, which test fewer at a time."""
+    most = int((counts > 0).sum(axis=0).min())
+    mend = "add patients, so that a class has two in each training set"
+    return f"{mend}, or set k to {most}" if most > folds.k else mend
 
 
 def _deal(counts: np.ndarray, k: int, seed: int) -> np.ndarray:
@@ -115,12 +127,12 @@ def _deal_once(counts: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarr
     order = rng.permutation(len(counts))
     tie = rng.permutation(k)  # so that no fold is always the first
     for c in np.argsort((counts > 0).sum(axis=0), kind="stable"):
-        for person in order[(counts[order, c] > 0) & (fold[order] < 0)]:
+        for group in order[(counts[order, c] > 0) & (fold[order] < 0)]:
             patients = per_class.sum(axis=1)
             f = min(range(k), key=lambda f: (per_class[f, c], patients[f], images[f], tie[f]))
-            fold[person] = f
-            per_class[f] += counts[person] > 0
-            images[f] += counts[person].sum()
+            fold[group] = f
+            per_class[f] += counts[group] > 0
+            images[f] += counts[group].sum()
     return fold
 
 
@@ -133,10 +145,10 @@ def _cut(counts: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nd
     order = rng.permutation(len(counts))
     for c in np.argsort(total, kind="stable"):
         wanted = min(max(1, round(fraction * total[c])), total[c] - 1)
-        for person in order[has[order, c] & ~held[order]]:
+        for group in order[has[order, c] & ~held[order]]:
             if cut[c] >= wanted:
                 break
-            if (total - cut)[has[person]].min() >= 2:
-                held[person] = True
-                cut += has[person]
+            if (total - cut)[has[group]].min() >= 2:
+                held[group] = True
+                cut += has[group]
     return held

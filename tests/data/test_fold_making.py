@@ -128,6 +128,26 @@ def test_a_class_with_one_training_patient_keeps_it_and_says_so() -> None:
     assert warnings == [f'repeat 0 fold {f}: the validation set has no image of class "rare"' for f in range(2)]
 
 
+@pytest.mark.parametrize("group_by", ["patient", "image"])
+def test_an_empty_validation_set_is_bad_input(group_by: str) -> None:
+    """Two patients of each class in two folds leave one each to train on, which the validation set cannot take."""
+    ids, patients, labels = cohort([2, 2], 0, most=1)
+    with pytest.raises(BadInput, match="repeat 0 fold 0: the validation set is empty") as caught:
+        make_folds(ids, patients, labels, Folds(k=2, group_by=group_by), 2, 0)
+    assert caught.value.exit_code == 3
+    assert caught.value.mend == "add patients, so that a class has two in each training set"
+
+
+def test_more_folds_help_an_empty_validation_set_where_patients_have_both_classes() -> None:
+    patients = [f"p{n}" for n in range(3) for _ in range(2)]
+    ids, labels = [f"r{i}" for i in range(6)], np.array([0, 1] * 3)
+    with pytest.raises(BadInput, match="validation set") as caught:
+        make_folds(ids, patients, labels, Folds(k=2), 2, 0)
+    assert caught.value.mend.endswith("or set k to 3")
+    splits, _ = make_folds(ids, patients, labels, Folds(k=3), 2, 0)
+    assert all(split.validation for split in splits.values())
+
+
 def test_more_folds_than_patients_of_a_class_is_bad_input() -> None:
     ids, patients, labels = cohort([3, 9], 0)
     with pytest.raises(BadInput, match='class "rare" has 3 patients, fewer than the 4 folds') as caught:
