@@ -26,7 +26,7 @@ HEADER = ("image", "label", "id", "unit", "window_low", "window_high", "spacing_
 
 
 @dataclass(frozen=True)
-class _Physics:
+class _Calibration:
     """Per image: the window that is undone (NaN where none is known) and mm per pixel (NaN where unknown)."""
 
     window: np.ndarray  # (N, 2)
@@ -86,7 +86,7 @@ def export(
         source = _source(workspace, shard)
         rows = np.arange(len(source["label"]))[: limit or None]
         ids = source.strings("id") if "id" in source else [""] * len(rows)
-        return _write(out, "", _images(source, rows), source["label"][rows], ids, _physics(source, workspace))
+        return _write(out, "", _images(source, rows), source["label"][rows], ids, _calibration(source, workspace))
     lines = [f"{digest}  {name}\n" for name, digest in sorted(out.sums.items())]
     files.atomic_write(to / external.SUMS, "".join(lines))
     return count
@@ -100,11 +100,11 @@ def _export_folder(workspace: Path, folder: str, out: _Out, limit: int) -> int:
     count = 0
     for name in names:
         source = _source(workspace, f"{folder}/{name}")
-        task, labels, physics = source.task, source["label"], _physics(source, workspace)
+        task, labels, calibration = source.task, source["label"], _calibration(source, workspace)
         for label in sorted(set(labels.tolist())):
             rows = np.flatnonzero(labels == label)[: limit or None]
             place = f"fold{task.get('fold', 0)}_repeat{task.get('repeat', 0)}_class{label}/"
-            of_rows = _Physics(physics.window[rows], physics.spacing[rows])
+            of_rows = _Calibration(calibration.window[rows], calibration.spacing[rows])
             count += _write(out, place, _images(source, rows), labels[rows], [""] * len(rows), of_rows)
             ids = source.strings("train_id") if "train_id" in source else []
             out.write(place + external.DECLARATION, to_csv(["id"], [[one] for one in ids]).encode())
@@ -119,7 +119,7 @@ def _export_folds(workspace: Path, shard: str, out: _Out, limit: int) -> int:
         raise UsageError("--by-fold is for the cohort", "--shard", f"--shard {COHORT} --by-fold")
     source, folds = read_shard(workspace / COHORT, COHORT_SCHEMA), read_shard(workspace / FOLDS, FOLDS_SCHEMA)
     row_of = {one: row for row, one in enumerate(source.strings("id"))}
-    physics, count = _physics(source, workspace), 0
+    calibration, count = _calibration(source, workspace), 0
     for repeat in range(folds.attributes["repeats"]):
         for fold in range(folds.attributes["k"]):
             for label in sorted(set(source["label"].tolist())):
@@ -127,19 +127,19 @@ def _export_folds(workspace: Path, shard: str, out: _Out, limit: int) -> int:
                 ids, images = real.ids[: limit or None], real.images[: limit or None]
                 rows = np.array([row_of[one] for one in ids])
                 place = f"fold{fold}_repeat{repeat}_class{label}/"
-                of_rows = _Physics(physics.window[rows], physics.spacing[rows])
+                of_rows = _Calibration(calibration.window[rows], calibration.spacing[rows])
                 count += _write(out, place, images, real.labels, ids, of_rows)
                 out.write(place + external.DECLARATION, to_csv(["id"], [[one] for one in ids]).encode())
     return count
 
 
 def _write(
-    out: _Out, place: str, images: Iterable[np.ndarray], labels: np.ndarray, ids: list[str], physics: _Physics
+    out: _Out, place: str, images: Iterable[np.ndarray], labels: np.ndarray, ids: list[str], calibration: _Calibration
 ) -> int:
-    """Images (C, H, W) and their table into the folder `place`; labels, ids and physics in the order of the images."""
+    """Images (C, H, W) and their table into the folder `place`; labels, ids, calibration in the order of the images."""
     rows = []
     for number, image in enumerate(images):
-        window, spacing, label = physics.window[number], float(physics.spacing[number]), int(labels[number])
+        window, spacing, label = calibration.window[number], float(calibration.spacing[number]), int(labels[number])
         raw = out.format == "mha" and not out.unit_scale and bool(np.isfinite(window).all())
         name = f"{number + 1:06d}_class{label}.{out.format}"
         if out.format == "png":
@@ -147,8 +147,8 @@ def _write(
         else:
             values = from_unit(image, (window[0], window[1])) if raw else image
             planes = values.astype("<f4").transpose(1, 2, 0)
-            pitch = 1.0 if math.isnan(spacing) else spacing
-            data = mha_bytes(planes[..., 0] if planes.shape[2] == 1 else planes, (pitch, pitch))
+            pitch = None if math.isnan(spacing) else (spacing, spacing)
+            data = mha_bytes(planes[..., 0] if planes.shape[2] == 1 else planes, pitch)
         out.write(place + name, data)
         unit = "raw" if raw else "[-1, 1]" if out.format == "mha" else "[0, 255]"
         rows.append([name, label, ids[number], unit, *(window.tolist() if raw else ("", "")), spacing])
@@ -181,21 +181,21 @@ def _png(image: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _physics(source: Shard, workspace: Path) -> _Physics:
+def _calibration(source: Shard, workspace: Path) -> _Calibration:
     if source.schema == COHORT_SCHEMA:
-        return _Physics(source["window"], source["grid_spacing"])
+        return _Calibration(source["window"], source["grid_spacing"])
     count = len(source["label"])
-    unknown = _Physics(np.full((count, 2), np.nan), np.full(count, np.nan))
+    found = _Calibration(np.full((count, 2), np.nan), np.full(count, np.nan))
     try:
         cohort = read_shard(workspace / COHORT, COHORT_SCHEMA)
     except CmrhpcError:
-        return unknown
+        return found
     if source.inputs.get(COHORT) != cohort.content_sha256 or "train_id" not in source:
-        return unknown
+        return found
     trained = np.isin(cohort["id"], source["train_id"])
     window, spacing = cohort["window"][trained], cohort["grid_spacing"][trained]
     if len(window) and (window == window[0]).all():
-        unknown.window[:] = window[0]
+        found.window[:] = window[0]
     if len(spacing) and (spacing == spacing[0]).all():
-        unknown.spacing[:] = spacing[0]
-    return unknown
+        found.spacing[:] = spacing[0]
+    return found

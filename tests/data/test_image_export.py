@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from cmrhpc.data.export import export
+from cmrhpc.data.images import Reader
 from cmrhpc.data.ingest import ingest
 from cmrhpc.data.mha import mha_bytes
 from cmrhpc.errors import BadInput, UsageError
@@ -85,6 +86,8 @@ def test_without_their_cohort_they_stay_normalised_and_say_so(workspace: Path, t
     assert table(tmp_path / "out")[0]["spacing_mm"] == ""
     pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "000003_class1.mha")))
     assert pixels.max() == 1.0
+    with Reader() as reader:  # an unknown spacing is written as none, not as 1 mm
+        assert reader.read(tmp_path / "out" / "000003_class1.mha", "row 1").spacing is None
 
 
 def test_png_is_eight_bit_grey(workspace: Path, tmp_path: Path) -> None:
