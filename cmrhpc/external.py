@@ -1,4 +1,4 @@
-"""Synthetic images that something else made: where they lie, and one hash per place. Standard library only.
+"""Synthetic images that something else made: where they lie, and one hash per place.
 
 The folder of an external generator holds one folder per place, `fold0_repeat0_class1`, or one per class, `class1`, that
 serves every fold. Which files belong to a place, and their content, is what `SHA256SUMS` says, the list that

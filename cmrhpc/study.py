@@ -135,10 +135,6 @@ class Arm:
     name: str
     ratios: tuple[float, ...] = (0.0,)
 
-    @property
-    def parts(self) -> list[str]:
-        return self.name.split("+")
-
 
 @dataclass(frozen=True)
 class Primary:
@@ -330,7 +326,8 @@ def _check_study(study: Study, where: str) -> Study:
         raise unknown(study.primary.classifier, study.classifiers, f"{where} [primary] classifier")
     for name, generator in study.generators.items():
         if len(set(generator.mutations)) != len(generator.mutations) or not generator.mutations:
-            raise wrong("mutations must be different, and at least one", f"[generators.{name}] mutations", "see --help")
+            mend = f"choose from {', '.join(MUTATIONS)}, each once"
+            raise wrong("mutations must be different, and at least one", f"[generators.{name}] mutations", mend)
     return study
 
 

@@ -43,7 +43,7 @@ MAX_PATIENTS = 100_000
 class T1Model:
     """How a patient's two T1 values are drawn, in ms: independent normal draws (mean, SD).
 
-    remote: T1 of the myocardium. contrast: what a sector of the wall has on top, in healthy hearts too. Half of the
+    remote: T1 of the myocardium. contrast: T1 offset of one wall sector, drawn in healthy hearts too. Half of the
     diseased are diffuse (remote raised), half focal (contrast raised).
     """
 
@@ -92,11 +92,6 @@ def perfect_reader(prevalence: float = PREVALENCE, model: T1Model = MODEL) -> Pe
     called = prevalence * disease > (1 - prevalence) * healthy
     sensitivity, specificity = float(disease[called].sum()), float(healthy[~called].sum())
     return PerfectReader(prevalence * sensitivity + (1 - prevalence) * specificity, sensitivity, specificity)
-
-
-def perfect_reader_accuracy(prevalence: float = PREVALENCE, model: T1Model = MODEL) -> float:
-    """Share of patients that the best possible reader calls right (see `perfect_reader`)."""
-    return perfect_reader(prevalence, model).accuracy
 
 
 def draw_t1(rng: np.random.Generator, label: int, model: T1Model = MODEL) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The one way in which images enter training, validation and testing; a leak is found here or nowhere."""
+"""The only way images enter training, validation and testing; each use is checked for leaks."""
 
 from __future__ import annotations
 

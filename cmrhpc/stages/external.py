@@ -1,8 +1,8 @@
 """Images that something else made -> the synthetic shard of one fold, repeat and class.
 
-They are believed in nothing: every file must be the one that `SHA256SUMS` names, and the generator may have been
-trained on images of this fold's training set only. What it was trained on is declared by who made it; no program can
-prove it.
+Nothing about them is taken on trust: every file must be the one that `SHA256SUMS` names, and the generator may have
+been trained on images of this fold's training set only. What it was trained on is declared by who made it; no program
+can prove it.
 """
 
 from __future__ import annotations

@@ -90,7 +90,6 @@ def test_same_seed_same_bytes_whatever_the_threads(tmp_path: Path, raw: Path) ->
 def test_a_perfect_reader_is_right_in_85_to_92_percent() -> None:
     reader = perfect_reader()
     assert 0.85 <= reader.accuracy <= 0.92
-    assert phantom.perfect_reader_accuracy() == reader.accuracy
     assert reader.accuracy == pytest.approx(0.900, abs=0.001)  # the figure that the documentation states
     assert 0.85 <= perfect_reader(0.75).accuracy <= 0.92  # the share of diseased in a cohort of 40
     assert reader.accuracy == pytest.approx(
