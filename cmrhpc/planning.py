@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cmrhpc.names import STAGES
 from cmrhpc.seeds import derive_seed
-from cmrhpc.study import ArmParts, Study, arm_parts, cell_of
+from cmrhpc.study import ArmParts, Data, Study, arm_parts, cell_of
 
 COHORT, FOLDS, REPORT = "cohort.h5", "folds.h5", "report/sources.json"
 WEIGHTS = "weights"  # what a prediction calls the file that its classifier starts from, among its inputs
@@ -144,12 +145,17 @@ def inputs(study: Study, task: Task) -> list[str]:
     return read
 
 
+def cohort_settings(data: Data, classes: Sequence[str]) -> dict[str, Any]:
+    """The settings that decide a cohort's content. Where the raw folder lies decides nothing."""
+    return {"data": {k: v for k, v in dataclasses.asdict(data).items() if k != "raw"}, "classes": list(classes)}
+
+
 def settings(study: Study, task: Task, output: str = "") -> dict[str, Any]:
     """The settings that decide the content of `output` (default: the task's own), and no others."""
     whole = dataclasses.asdict(study)
     if task.stage == "ingest":
         if output == COHORT:
-            return {"data": {k: v for k, v in whole["data"].items() if k != "raw"}, "classes": list(study.classes)}
+            return cohort_settings(study.data, study.classes)
         return {"folds": whole["folds"]}
     # How often a log line or a checkpoint is written decides no result.
     compute = {k: v for k, v in whole["compute"].items() if k != "checkpoint_seconds"}

@@ -7,10 +7,10 @@ good is the cohort written, so that bad input leaves nothing behind and memory s
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,16 +30,19 @@ from cmrhpc.data.table import Row, normalised_apart, read_heading, read_table
 from cmrhpc.errors import BadInput
 from cmrhpc.hashing import sha256_file
 from cmrhpc.names import COHORT_SCHEMA
+from cmrhpc.planning import cohort_settings
 from cmrhpc.study import Data, Folds
 
 SPOOL_MEMORY = 2**26  # bytes held in memory before the spool goes to disk
 BLOCK = 64  # images
 SHOWN_WARNINGS = 10
-KINDS = ("window", "percentile")  # of normalisation
+MOST_OUTSIDE = 0.5  # share of the region's area; above, most of the image would be its repeated border
+LEAST_PIXELS = 8  # of the source along a side of the region; below, it is interpolation and little else
+NAMED_WINDOWS = 3  # told one by one; all others together
 
 
 @dataclass
-class Cut:
+class Crop:
     """One image of the cohort and what was done to it."""
 
     image: np.ndarray  # (C, H, W) float32 in [-1, 1]
@@ -59,7 +62,7 @@ class Summary:
     images: dict[str, int] = field(default_factory=dict)  # per class name
     patients: dict[str, int] = field(default_factory=dict)
     spacing_mm: tuple[float, float] = (math.nan, math.nan)  # smallest and largest of the sources
-    normalised: dict[str, int] = field(default_factory=dict)  # images per kind: window, percentile
+    normalised: dict[str, int] = field(default_factory=dict)  # images per kind (see `_kinds`)
     normalised_classes: dict[str, dict[str, int]] = field(default_factory=dict)  # the same per class name
     clipped: float = 0.0  # mean share of the region's pixels below or above the window
     table: list[str] = field(default_factory=list)  # what in the table looks like a slip, and ignored columns
@@ -99,8 +102,8 @@ def ingest(
     settings default to those of `data` and `classes`. folds: when given, a class with fewer patients than folds is
     found before any image is read. progress: called with (images done, images).
 
-    Raises BadInput: what `read_table`, `Reader.read` and the geometry below refuse; one class only; a table that is
-    edited meanwhile.
+    Raises BadInput: what `read_table`, `Reader.read` and `crop_image` refuse; one class only; a table that is edited
+    meanwhile.
     """
     rows, table_sha256 = _read_table(raw, data, classes)
     labels = np.array([list(classes).index(row.label) for row in rows], np.int64)
@@ -130,15 +133,15 @@ def ingest(
             Reader() as reader,
         ):
             for i, row in enumerate(rows):
-                cut = cut_image(row, raw, data, reader)
-                images.write(cut.image.tobytes())
-                masks.write(cut.mask.tobytes())
-                windows[i], spacings[i], grids[i] = cut.window, cut.spacing, cut.grid_spacing
-                sheet.add(i, cut.image)
-                coloured += cut.lost_colour
-                cut.report |= sources.hashes(row, Path(raw))
-                report.add(row, patients[i], cut)
-                summary.warnings += [f"row {row.number}: {text}" for text in cut.warnings]
+                crop = crop_image(row, raw, data, reader)
+                images.write(crop.image.tobytes())
+                masks.write(crop.mask.tobytes())
+                windows[i], spacings[i], grids[i] = crop.window, crop.spacing, crop.grid_spacing
+                sheet.add(i, crop.image)
+                coloured += crop.lost_colour
+                crop.report |= sources.hashes(row, Path(raw))
+                report.add(row, patients[i], crop)
+                summary.warnings += [f"row {row.number}: {text}" for text in crop.warnings]
                 progress(i + 1, len(rows))
             summary.warnings[:0] = _mark_copies(report, groups)
             _summarise(summary, report, labels, patients, classes, spacings, coloured)
@@ -159,7 +162,7 @@ def ingest(
                 datasets,
                 schema=COHORT_SCHEMA,
                 task=task or {"stage": "ingest"},
-                settings=settings or _settings(data, classes),
+                settings=settings or cohort_settings(data, classes),
                 inputs={data.table: table_sha256},
                 seed=0,
                 attributes={
@@ -198,7 +201,7 @@ def _read_table(raw: Path, data: Data, classes: Sequence[str]) -> tuple[list[Row
     return rows, before
 
 
-def cut_image(row: Row, raw: Path, data: Data, reader: Reader) -> Cut:
+def crop_image(row: Row, raw: Path, data: Data, reader: Reader) -> Crop:
     """Read one row's image and mask and make its region. Raises BadInput for whatever cannot be used."""
 
     def at(column: str) -> str:
@@ -213,6 +216,9 @@ def cut_image(row: Row, raw: Path, data: Data, reader: Reader) -> Cut:
     spacing, origin = _source_spacing(row, source, data, at, warnings)
     mask = _source_mask(row, raw, data, reader, source, at)
     place = _region(shape, spacing, mask, data)
+    padded = geometry.share_outside(shape, place)
+    if data.roi != "whole" and spacing:
+        _check_region(place, spacing, padded, at("image"))
 
     pixels, lost_colour = (pixels, False) if data.channels == 3 else grey(pixels)
     values = geometry.linear(pixels, place)
@@ -224,7 +230,6 @@ def cut_image(row: Row, raw: Path, data: Data, reader: Reader) -> Cut:
     if below + above > 0.5:
         warnings.append(f"{100 * (below + above):.0f} % of the pixels lie outside the window and were clipped")
     image = np.repeat(scaled, 3, axis=2) if data.channels == 3 and scaled.shape[2] == 1 else scaled
-    padded = geometry.share_outside(shape, place)
     if padded > 0 and data.roi != "whole":
         warnings.append(f"the region leaves the image: {100 * padded:.1f} % of it repeats the border")
     inside, all_of_mask, cropped = 0, 0, np.zeros((place.size, place.size), np.uint8)
@@ -255,7 +260,7 @@ def cut_image(row: Row, raw: Path, data: Data, reader: Reader) -> Cut:
         "clipped_high": _short(above),
     }
     planes = np.ascontiguousarray(image.transpose(2, 0, 1), "<f4")
-    return Cut(planes, cropped, report, window, known, place.spacing, lost_colour, warnings)
+    return Crop(planes, cropped, report, window, known, place.spacing, lost_colour, warnings)
 
 
 def _source_spacing(
@@ -316,6 +321,19 @@ def _region(
     return geometry.centred(centre, spacing, data.spacing_mm, data.image_size)
 
 
+def _check_region(place: geometry.Region, spacing: tuple[float, float], padded: float, where: str) -> None:
+    """Raises BadInput where the region holds next to nothing of the image; `padded` is the share outside it."""
+    across, side = [place.size * step for step in place.step], place.size * place.spacing
+    mend = (
+        f"check the spacing ({spacing[0]:g} x {spacing[1]:g} mm), the mask, and the region's side ({side:g} mm: "
+        "image_size x spacing_mm in study.toml [data])"
+    )
+    if min(across) < LEAST_PIXELS:
+        raise BadInput(f"the region spans only {across[0]:.2g} x {across[1]:.2g} pixels of the image", where, mend)
+    if padded > MOST_OUTSIDE:
+        raise BadInput(f"{100 * padded:.0f} % of the region lies outside the image", where, mend)
+
+
 def _window(row: Row, data: Data, values: np.ndarray, where: str) -> tuple[tuple[float, float], str]:
     """The raw values that become -1 and 1: the table's window, or the 1st and 99th percentile of the region."""
     if values.min() == values.max():
@@ -343,11 +361,6 @@ def _own_name(row: Row, table: str) -> str:
     return row.patient
 
 
-def _settings(data: Data, classes: Sequence[str]) -> dict[str, Any]:
-    own = {name: value for name, value in dataclasses.asdict(data).items() if name != "raw"}
-    return {"data": own, "classes": list(classes)}
-
-
 def _blocks(spool: Any, shape: tuple[int, ...], kind: str) -> Iterator[np.ndarray]:
     """The spooled images, BLOCK at a time."""
     spool.seek(0)
@@ -371,21 +384,50 @@ def _summarise(
         summary.patients[name] = len({patients[i] for i in own})
     if np.isfinite(spacings).any():
         summary.spacing_mm = float(np.nanmin(spacings)), float(np.nanmax(spacings))
-    summary.normalised = {how: sum(kinds[how] for kinds in report.normalised.values()) for how in KINDS}
-    summary.normalised_classes = {name: report.normalised[name] for name in classes if name in report.normalised}
+    windows = Counter[tuple[float, float]]()
+    for own_windows in report.windows.values():
+        windows.update({window: count for window, count in own_windows.items() if window})
+    summary.normalised_classes = _kinds({name: report.windows[name] for name in classes}, windows)
+    by_class = summary.normalised_classes.values()
+    summary.normalised = {kind: sum(kinds[kind] for kinds in by_class) for kind in next(iter(by_class))}
     summary.clipped = report.clipped / len(labels)
     if coloured:
         summary.notes.append(f"{coloured} images are in colour and became grey (channels = 1): luminance of BT.601")
     if apart := normalised_apart(summary.normalised_classes):
-        mend = 'give every row a window or none, or set normalise = "percentile" in study.toml [data]'
+        mend = 'give every row the same window or none, or set normalise = "percentile" in study.toml [data]'
         summary.warnings.insert(0, f"{apart}; {mend}")
-    elif all(summary.normalised.values()):
+        return
+    if 0 < windows.total() < len(labels):
         summary.notes.append("some images were normalised by window, some by percentile: their values do not compare")
+    if len(windows) > 1:
+        summary.notes.append(f"the table gives {len(windows)} different windows: values of two of them do not compare")
+
+
+def _kinds(
+    counts: Mapping[str, Counter[tuple[float, float] | None]], windows: Counter[tuple[float, float]]
+) -> dict[str, dict[str, int]]:
+    """Class -> images per kind of normalisation: "window" and "percentile".
+
+    counts: class -> images per window, None by percentile. Where the table gives several windows, the commonest are
+    kinds of their own, "window 300 to 1800", and the others one kind together. A window of one image is never named.
+    """
+    common = [window for window, n in windows.most_common(NAMED_WINDOWS) if n > 1] if len(windows) > 1 else []
+    names = {window: f"window {window[0]:g} to {window[1]:g}" for window in common}
+    other = "another window" if names else "window"
+    others = [other] if not names or len(names) < len(windows) else []
+    found = {}
+    for name, own in counts.items():
+        found[name] = kinds = dict.fromkeys([*names.values(), *others, "percentile"], 0)
+        for window, n in own.items():
+            kinds[names.get(window, other) if window else "percentile"] += n
+    return found
 
 
 def _mark_copies(report: _Report, groups: Sequence[str]) -> list[str]:
-    """Mark the rows whose image is, byte for byte, that of another class, or of another group: of what folds keep
-    together, a patient or with `group_by = "image"` one image. One warning of all of them."""
+    """Mark rows whose image file is identical to one of another class or another fold group.
+
+    Returns one summary warning. groups: per row what folds keep together, a patient or, by image, one image.
+    """
     number, label, image = (report.heading.index(name) for name in ("row", "label", sources.IMAGE))
     same: dict[str, list[int]] = {}
     for place, row in enumerate(report.rows):
@@ -398,7 +440,7 @@ def _mark_copies(report: _Report, groups: Sequence[str]) -> list[str]:
             unlike = next((p for p in places if report.rows[p][label] != row[label]), None)
             other = across if across is not None else unlike
             if other is not None:
-                why = "which folds may part" if across is not None else "of another class"
+                why = "which may fall into another fold" if across is not None else "of another class"
                 told = f"the same image as row {report.rows[other][number]}, {why}"
                 report.warnings[place] = "; ".join(filter(None, (report.warnings[place], told)))
                 marked.append((row[number], report.rows[other][number], across is not None))
@@ -422,17 +464,18 @@ class _Report:
         self.heading: list[str] = []
         self.rows: list[tuple[Any, ...]] = []  # of hundreds of thousands of images
         self.warnings: list[str] = []  # the last column
-        self.normalised: dict[str, dict[str, int]] = {}  # class -> images per kind
+        self.windows: dict[str, Counter[tuple[float, float] | None]] = {}  # class -> images; None by percentile
         self.clipped = 0.0
 
-    def add(self, row: Row, patient: str, cut: Cut) -> None:
+    def add(self, row: Row, patient: str, crop: Crop) -> None:
         cells: dict[str, Any] = {"row": row.number, "id": row.id, "patient": patient, "label": row.label}
-        cells |= cut.report
+        cells |= crop.report
         self.heading = [*cells, "warning"]
         self.rows.append(tuple(cells.values()))
-        self.warnings.append("; ".join(cut.warnings))
-        self.normalised.setdefault(row.label, dict.fromkeys(KINDS, 0))[cut.report["normalised_by"]] += 1
-        self.clipped += cut.report["clipped_low"] + cut.report["clipped_high"]
+        self.warnings.append("; ".join(crop.warnings))
+        window = crop.window if crop.report["normalised_by"] == "window" else None
+        self.windows.setdefault(row.label, Counter())[window] += 1
+        self.clipped += crop.report["clipped_low"] + crop.report["clipped_high"]
 
     def text(self) -> str:
         stream = io.StringIO()

@@ -87,6 +87,17 @@ def constant_region(raw: Path, rows: Rows) -> None:
     save(image_of(raw, rows), pixels)
 
 
+def typed_spacing(text: str) -> Callable[[Path, Rows], None]:
+    def plant(raw: Path, rows: Rows) -> None:
+        write_table(raw, [row | {"spacing_mm": text if number == 1 else "1.2"} for number, row in enumerate(rows)])
+
+    return plant
+
+
+def mask_in_the_corner(raw: Path, rows: Rows) -> None:
+    save(raw / rows[1]["mask"], disc((40, 30), (1, 1), 1))
+
+
 def outside_window(raw: Path, rows: Rows) -> None:
     write_table(raw, [row | {"window_low": "0.3", "window_high": "1.8"} for row in rows])  # seconds
 
@@ -212,6 +223,10 @@ FAULTS: dict[str, tuple[Callable[[Path, Rows], None], str, str]] = {
     "infinite": (infinite_pixels, "3 NaN or infinite", "row 2, column image"),
     "constant": (constant, "a constant image", "row 2, column image"),
     "constant region": (constant_region, "the region is constant", "row 2, column image"),
+    "spacing without its point": (typed_spacing("125"), "spans only 0.15 x 0.15 pixels", "row 2, column image"),
+    "spacing ten times too large": (typed_spacing("1.2x12"), "spans only 16 x 1.6 pixels", "row 2, column image"),
+    "spacing ten times too small": (typed_spacing("0.12"), "95 % of the region lies outside", "row 2, column image"),
+    "mask in the corner": (mask_in_the_corner, "68 % of the region lies outside", "row 2, column image"),
     "outside the window": (outside_window, "outside the window 0.3 to 1.8", "row 1, column window_low"),
     "volume": (volume, "volume of 30 x 40 x 3, more than one slice", "row 2, column image"),
     "line": (line, "a line of 40 pixels", "row 2, column image"),

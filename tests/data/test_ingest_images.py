@@ -208,6 +208,50 @@ def test_a_normalisation_that_tells_the_class_is_warned_of(tmp_path: Path, apart
     assert any("their values do not compare" in note for note in summary.notes) == (not apart)
 
 
+def windows(tmp_path: Path, ends: list[tuple[int, int]]) -> tuple[Shard, Summary]:
+    """Six images, of the classes 0 and 1 in turn, with these windows."""
+    rows = make_raw(tmp_path / "raw", 6, 1)
+    told = [{"window_low": str(low), "window_high": str(high)} for low, high in ends]
+    write_table(tmp_path / "raw", [row | one for row, one in zip(rows, told, strict=True)])
+    return run(tmp_path)
+
+
+def test_windows_that_tell_the_class_are_warned_of_and_stored(tmp_path: Path) -> None:
+    shard, summary = windows(tmp_path, [(0, 1800), (300, 1800)] * 3)
+    kinds = {"window 0 to 1800": 3, "window 300 to 1800": 3, "percentile": 0}
+    assert shard.attributes["normalise"]["images"] == summary.normalised == kinds
+    assert shard.attributes["normalise"]["classes"] == {
+        "0": kinds | {"window 300 to 1800": 0},
+        "1": kinds | {"window 0 to 1800": 0},
+    }
+    (warning,) = summary.warnings
+    assert warning.startswith(
+        'the classes were normalised differently ("0": 3 by window 0 to 1800, 0 by window 300 to 1800, 0 by percentile;'
+    )
+    assert not summary.notes
+
+
+def test_windows_that_all_classes_share_are_noted(tmp_path: Path) -> None:
+    shard, summary = windows(tmp_path, [(0, 1800)] * 2 + [(300, 1800)] * 4)
+    kinds = {"window 300 to 1800": 2, "window 0 to 1800": 1, "percentile": 0}
+    assert shard.attributes["normalise"]["classes"] == {"0": kinds, "1": kinds}
+    assert not summary.warnings
+    assert summary.notes == ["the table gives 2 different windows: values of two of them do not compare"]
+
+
+def test_a_window_for_each_image_is_noted_and_tells_no_class(tmp_path: Path) -> None:
+    shard, summary = windows(tmp_path, [(n, 1800) for n in range(6)])
+    assert shard.attributes["normalise"]["images"] == {"window": 6, "percentile": 0}
+    assert not summary.warnings
+    assert summary.notes == ["the table gives 6 different windows: values of two of them do not compare"]
+
+
+def test_windows_beyond_the_commonest_are_told_together(tmp_path: Path) -> None:
+    shard, _ = windows(tmp_path, [(0, 1800)] * 4 + [(1, 1800), (2, 1800)])
+    kinds = {"window 0 to 1800": 4, "another window": 2, "percentile": 0}
+    assert shard.attributes["normalise"]["images"] == kinds
+
+
 def test_mask_travels_with_its_image(tmp_path: Path) -> None:
     make_raw(tmp_path / "raw", 2, 1)
     shard, _ = run(tmp_path)
@@ -301,8 +345,8 @@ def test_one_image_under_two_patients_or_classes_is_told_once_and_marked(tmp_pat
     shard, summary = run(tmp_path)
     told = {int(row["row"]): row["warning"] for row in report(shard) if row["warning"]}
     assert told == {
-        3: "the same image as row 9, which folds may part",
-        9: "the same image as row 3, which folds may part",
+        3: "the same image as row 9, which may fall into another fold",
+        9: "the same image as row 3, which may fall into another fold",
         11: "the same image as row 12, of another class",
         12: "the same image as row 11, of another class",
     }
