@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ class TrainingSet:
 def training_set(context: Context) -> TrainingSet:
     """The arm's training set: real, then per class the first ratio x n synthetic (or repeated) images, then affine.
 
+    `repeat-real` repeats the images of a class in an order that is drawn once for all ratios.
     Raises BadInput when a shard holds fewer images than the ratio asks for.
     """
     study, task = context.workspace.study, context.task
@@ -49,14 +51,13 @@ def training_set(context: Context) -> TrainingSet:
         if not count or not (parts.generator or parts.repeat_real):
             continue
         if parts.repeat_real:
-            images.append(real.images[np.resize(own, count)])
+            seed = derive_seed(study.seed, "repeat-real", task.fold, task.repeat, label)
+            images.append(real.images[np.resize(np.random.default_rng(seed).permutation(own), count)])
         else:
-            added = [shard["image"][shard["label"] == label] for shard in made.values()]
-            pool = np.concatenate([part for part in added if len(part)] or [real.images[:0]])
-            if len(pool) < count:
-                what = f"{len(pool)} images of class {label}, ratio {task.ratio:g} needs {count}"
+            images.append(_first_images(made.values(), label, count))
+            if len(images[-1]) < count:
+                what = f"{len(images[-1])} images of class {label}, ratio {task.ratio:g} needs {count}"
                 raise BadInput(what, ", ".join(made), "raise max_ratio of the generator")
-            images.append(pool[:count])
         labels.append(np.full(count, label, np.int64))
     pictures, classes = torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
     n_added = len(pictures) - len(real.images)
@@ -66,6 +67,16 @@ def training_set(context: Context) -> TrainingSet:
         pictures = expand(pictures, study.affine.factor, draws)
         classes = classes.repeat(study.affine.factor)
     return TrainingSet(pictures, classes, real.ids, n_added)
+
+
+def _first_images(made: Iterable[shards.Shard], label: int, count: int) -> np.ndarray:
+    """The first `count` images of a class, or as many as there are, of shards that each hold one class or all."""
+    found: list[np.ndarray] = []
+    for shard in made:
+        rows = np.flatnonzero(shard["label"] == label)[: count - sum(map(len, found))]
+        if len(rows):  # the images of other classes are not read
+            found.append(shard.read("image", slice(int(rows[0]), int(rows[-1]) + 1))[rows - rows[0]])
+    return np.concatenate(found or [np.empty(0, np.float32)])
 
 
 def classify(context: Context) -> None:

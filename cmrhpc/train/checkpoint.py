@@ -25,7 +25,7 @@ from cmrhpc.files import atomic_write, is_linked, open_plain
 from cmrhpc.hashing import differences
 
 SUFFIX = ".checkpoint"
-FORMAT = 4  # raised whenever a trainer goes on in another way from the same tensors
+FORMAT = 5  # raised whenever a trainer goes on in another way from the same tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from cmrhpc import validity
 from cmrhpc.data.selection import training_images
 from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.planning import COHORT, FOLDS, inputs
-from cmrhpc.shards import read_shard
+from cmrhpc.shards import Shard, read_shard
 from cmrhpc.stages.classify import TrainingSet, classify, training_set
 from cmrhpc.stages.context import Context
 from cmrhpc.stages.task import run_task
@@ -33,7 +35,7 @@ max_ratio = 2
 ARMS = """
 [[arms]]
 name = "repeat-real"
-ratios = [1.5]
+ratios = [0.5, 1.5]
 [[arms]]
 name = "acgan"
 ratios = [1]
@@ -63,15 +65,16 @@ def workspace(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Works
     return found
 
 
-def context_of(workspace: Workspace, arm: str, fold: int = 0) -> Context:
-    task = next(t for t in workspace.tasks("classify") if t.arm == arm and t.fold == fold)
+def context_of(workspace: Workspace, arm: str, fold: int = 0, ratio: float | None = None) -> Context:
+    tasks = workspace.tasks("classify")
+    task = next(t for t in tasks if t.arm == arm and t.fold == fold and ratio in (None, t.ratio))
     shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
     return Context(workspace, task, shards, lambda: False, lambda *_: None)
 
 
-def trained_on(workspace: Workspace, arm: str) -> TrainingSet:
-    """The training set of an arm in fold 0."""
-    return training_set(context_of(workspace, arm))
+def trained_on(workspace: Workspace, arm: str, ratio: float | None = None) -> TrainingSet:
+    """The training set of an arm in fold 0, at its first ratio where none is told."""
+    return training_set(context_of(workspace, arm, ratio=ratio))
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,9 @@ def real(workspace: Workspace) -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(found.images), found.labels
 
 
-def test_repeat_real_adds_the_real_images_of_the_class_in_turn(workspace: Workspace, real) -> None:  # type: ignore[no-untyped-def]
+def test_repeat_real_adds_the_real_images_of_the_class_in_an_order_of_its_own(workspace: Workspace, real) -> None:  # type: ignore[no-untyped-def]
     images, labels = real
-    made = trained_on(workspace, "repeat-real")
+    made = trained_on(workspace, "repeat-real", 1.5)
     n = len(images)
     assert torch.equal(made.images[:n], images)
     assert made.n_added == len(made.images) - n
@@ -91,7 +94,35 @@ def test_repeat_real_adds_the_real_images_of_the_class_in_turn(workspace: Worksp
         own = images[labels == label]
         added = made.images[n:][made.labels[n:] == label]
         assert len(added) == math.ceil(1.5 * len(own))
-        assert torch.equal(added, torch.cat([own, own])[: len(added)])
+        first, again = added[: len(own)].flatten(1), added[len(own) :].flatten(1)
+        assert sorted(first.tolist()) == sorted(own.flatten(1).tolist())  # each once before any comes twice
+        assert not torch.equal(first, own.flatten(1))  # the table's first images are not favoured
+        assert torch.equal(again, first[: len(again)])
+
+
+def test_ratios_of_repeat_real_are_nested(workspace: Workspace) -> None:
+    half, more = (trained_on(workspace, "repeat-real", ratio) for ratio in (0.5, 1.5))
+    n = len(half.images) - half.n_added
+    for label in (0, 1):
+        few, many = (made.images[n:][made.labels[n:] == label] for made in (half, more))
+        assert 0 < len(few) < len(many)
+        assert torch.equal(few, many[: len(few)])
+
+
+def test_each_synthetic_image_is_read_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, found = Shard.read_many, Counter[str]()
+
+    def counting(shard: Shard, names: Iterable[str], rows: object = slice(None)) -> dict[str, np.ndarray]:
+        got = read(shard, names, rows)
+        found[shard.task["stage"]] += len(got.get("image", ()))
+        return got
+
+    monkeypatch.setattr(Shard, "read_many", counting)
+    for arm in ("dae-gan", "acgan"):
+        found.clear()
+        added = trained_on(workspace, arm).n_added
+        assert added > 0
+        assert found["synthesize"] == added
 
 
 @pytest.mark.parametrize("arm", ["acgan", "acgan+simgan"])
