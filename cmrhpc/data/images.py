@@ -35,6 +35,8 @@ READERS = {
     ".nii": "NiftiImageIO",
     ".nii.gz": "NiftiImageIO",
     ".nrrd": "NrrdImageIO",
+    ".gipl": "GiplImageIO",
+    ".gipl.gz": "GiplImageIO",
     ".dcm": "GDCMImageIO",
     ".ima": "GDCMImageIO",
     ".dicom": "GDCMImageIO",

@@ -8,11 +8,14 @@ it announces "bytes" that many bytes of pixels in C order.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import math
 import os
 import resource
+import struct
 import sys
+import zlib
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,8 @@ def read(path: str, kind: str, max_pixels: int) -> tuple[dict[str, Any], bytes]:
         raise RuntimeError("no pixels")
     if math.prod(size) > max_pixels or components > 4 or sum(n > 1 for n in size) != 2 or told["complex"]:
         return told, b""
+    if _cut_short(path, kind, reader):
+        raise RuntimeError("the file ends before its pixels do")
     image = reader.Execute()
     if [int(n) for n in image.GetSize()] != size or image.GetNumberOfComponentsPerPixel() != components:
         raise RuntimeError("header and pixels disagree")
@@ -41,6 +46,34 @@ def read(path: str, kind: str, max_pixels: int) -> tuple[dict[str, Any], bytes]:
     told |= {"dtype": pixels.dtype.str, "keys": [key for key in reader.GetMetaDataKeys() if len(key) == 9]}
     told |= {"spacing": list(image.GetSpacing()), "direction": list(image.GetDirection())}
     return told, pixels.tobytes()
+
+
+def _cut_short(path: str, kind: str, reader: sitk.ImageFileReader) -> bool:
+    """Whether a file ends before its pixels do, for the readers that fill the rest with whatever lies in memory."""
+    with open(path, "rb") as stream:
+        head, length = stream.read(34), os.path.getsize(path)
+        stream.seek(max(0, length - 2**16))
+        tail = stream.read()
+    if kind == "JPEGImageIO":
+        return b"\xff\xd9" not in tail  # its end mark
+    if kind == "BMPImageIO" and len(head) == 34:
+        start, header, width, height, _, bits, packing = struct.unpack_from("<IIiiHHI", head, 10)
+        plain = header >= 40 and not packing
+        return plain and bool(length < start + (width * bits + 31) // 32 * 4 * abs(height))
+    if kind == "NiftiImageIO":
+        start, bits = max(348, int(float(reader.GetMetaData("vox_offset")))), int(reader.GetMetaData("bitpix"))
+    elif kind == "GiplImageIO":
+        start, bits = 256, 8 * sitk.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
+    else:
+        return False
+    missing = start + math.prod(reader.GetSize()) * bits // 8
+    try:
+        with gzip.open(path) if head.startswith(b"\x1f\x8b") else open(path, "rb") as stream:
+            while missing > 0 and (part := stream.read(min(missing, 2**20))):
+                missing -= len(part)
+    except (OSError, EOFError, zlib.error):
+        return True
+    return missing > 0
 
 
 def main() -> None:

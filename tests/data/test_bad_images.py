@@ -311,9 +311,9 @@ def test_a_dying_or_hanging_reader_is_one_broken_file(tmp_path: Path, monkeypatc
 def test_mangled_files_are_images_or_bad_input(tmp_path: Path) -> None:
     """A short run of the fuzzing: flipped, cut and inserted bytes near the header of each format."""
     rng = np.random.default_rng(0)
-    kinds = ["a.mha", "a.nii.gz", "a.dcm", "a.png", "a.nrrd", "a.jpg"]
+    kinds = ["a.mha", "a.nii.gz", "a.gipl", "a.dcm", "a.png", "a.nrrd", "a.jpg", "a.bmp"]
     for name in kinds:
-        pixels = picture(0) if name not in ("a.png", "a.jpg") else (picture(0) // 8).astype(np.uint8)
+        pixels = picture(0) if name not in ("a.png", "a.jpg", "a.bmp") else (picture(0) // 8).astype(np.uint8)
         save(tmp_path / name, pixels)
     good = 0
     with Reader() as reader:
@@ -337,6 +337,25 @@ def test_mangled_files_are_images_or_bad_input(tmp_path: Path) -> None:
             good += 1
             assert np.isfinite(image.pixels.astype(float)).all()
     assert 0 < good < 240
+
+
+CUT_SHORT = ["mha", "nii", "nii.gz", "gipl", "gipl.gz", "dcm", "png", "nrrd", "jpg", "tif", "bmp"]
+
+
+@pytest.mark.parametrize("ending", CUT_SHORT)
+def test_a_file_that_is_cut_short_is_refused_or_gives_all_its_pixels(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    save(path, (picture(0) // 8).astype(np.uint8))
+    data, refused = path.read_bytes(), 0
+    with Reader() as reader:
+        whole = reader.read(path, "row 1").pixels
+        for share in (0.5, 0.75, 0.99, 0.999):
+            path.write_bytes(data[: int(share * len(data))])
+            try:
+                assert np.array_equal(reader.read(path, "row 1").pixels, whole)  # what is lost may be other than pixels
+            except BadInput:
+                refused += 1
+    assert refused >= 2
 
 
 def test_a_warning_on_stdout_does_not_disturb_the_answers(tmp_path: Path) -> None:

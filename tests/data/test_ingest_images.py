@@ -74,7 +74,7 @@ def test_the_cohort_holds_what_the_contract_says(tmp_path: Path) -> None:
     assert "1.2 mm" in str(summary)
 
 
-@pytest.mark.parametrize("ending", ["mha", "nii", "nii.gz", "nrrd", "dcm"])
+@pytest.mark.parametrize("ending", ["mha", "nii", "nii.gz", "nrrd", "gipl", "gipl.gz", "dcm"])
 def test_every_format_gives_the_same_region_at_anisotropic_spacing(tmp_path: Path, ending: str) -> None:
     """Rows 1.5 mm apart, columns 0.75 mm, 40 x 30 px, no symmetry: a swap or a flip anywhere would show."""
     raw, pixels, mask = tmp_path / "raw", picture(3), disc((40, 30), (24, 9), 4)
