@@ -1,5 +1,6 @@
 """Mutated inputs for every reader: each must give a right result or one BadInput, in bounded time.
 
+Images are read as ingest reads them, in a helper process: one that crashes is one BadInput.
 `python -m tests.reliability.fuzz READER FOLDER SEED FIRST COUNT` is the worker for readers that rest on C libraries:
 it prints the number of each input before it reads it, so that who started it can tell at which one it died.
 """
@@ -13,12 +14,18 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-from cmrhpc import seal, shards, validity
+import numpy as np
+
+from cmrhpc import external, seal, shards, validity
+from cmrhpc.data.images import Reader
 from cmrhpc.data.table import read_table
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.launch.records import read_record
+from cmrhpc.launch.submissions import Submission, read_submissions
+from cmrhpc.profile import Profile, load_profile
 from cmrhpc.study import Study, parse_study
 
 SECONDS = 20  # for one input; the readers need milliseconds
@@ -135,9 +142,66 @@ def read_hdf5_unstamped(path: Path) -> None:
     assert shards.damage_of(path) or path.read_bytes() == (path.parent / "seed_hdf5").read_bytes()
 
 
+def read_profile(path: Path) -> None:
+    assert isinstance(load_profile(path), Profile)
+
+
+def read_submission(path: Path) -> None:
+    from cmrhpc.workspace import Workspace
+
+    place = path.parent / "workspace" / "submissions" / "7.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(path.read_bytes())
+    for submission in read_submissions(Workspace(path.parent / "workspace")):
+        assert isinstance(submission, Submission)
+        assert submission.key(0).startswith("7")
+
+
+def read_sums(path: Path) -> None:
+    root = path.parent / "external"
+    root.mkdir(exist_ok=True)
+    (root / external.SUMS).write_bytes(path.read_bytes())
+    for folder, listed in external.read_sums(root).items():
+        assert folder != ".."
+        assert not any("/" in name or name.startswith(".") or len(digest) != 64 for name, digest in listed.items())
+
+
+def read_train_ids(path: Path) -> None:
+    heading, rows = external.read_columns(path, "train_ids.csv")
+    assert all(row.keys() <= set(heading) for row in rows)
+
+
+def read_images_csv(path: Path) -> None:
+    from cmrhpc.stages.external import _unit
+
+    for row in external.read_columns(path, "images.csv")[1]:
+        values = _unit(np.array([[[-1.0], [0.0], [1.0]]]), row, "images.csv")
+        assert np.abs(values).max() <= 1.0
+
+
+@cache
+def image_reader() -> Reader:
+    """One helper process for all images; after a crash it starts another."""
+    return Reader()
+
+
+def read_image(path: Path) -> None:
+    image = image_reader().read(path, "row 1")
+    assert image.pixels.ndim == 3
+    assert image.pixels.shape[2] in (1, 3)
+    assert np.isfinite(image.pixels.astype(float)).all()
+    assert image.spacing is None or all(1e-3 <= value <= 1e3 for value in image.spacing)
+
+
+IMAGES = ("mha", "nii", "nii.gz", "nrrd", "gipl", "dcm", "png", "jpg", "tif", "bmp")
 READERS: dict[str, Callable[[Path], None]] = {
     "csv": read_csv,
     "toml": read_toml,
+    "profile": read_profile,
+    "submission": read_submission,
+    "sums": read_sums,
+    "train_ids": read_train_ids,
+    "images_csv": read_images_csv,
     "tasks": read_tasks,
     "index": read_index,
     "record": read_log_record,
@@ -145,7 +209,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     "checkpoint": read_checkpoint,
     "hdf5_unstamped": read_hdf5_unstamped,
     "hdf5": read_hdf5,
-}
+} | {f"image.{ending}": read_image for ending in IMAGES}
 IN_WORKERS = {"hdf5"}
 
 

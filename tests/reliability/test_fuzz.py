@@ -13,13 +13,15 @@ import pytest
 
 from cmrhpc import shards
 from cmrhpc.workspace import Workspace
-from tests.conftest import STUDY
-from tests.reliability.fuzz import IN_WORKERS, READERS, fuzz, fuzz_in_workers
+from tests.conftest import ROOT, STUDY
+from tests.data.raw_folder import picture, save
+from tests.reliability.fuzz import IMAGES, IN_WORKERS, READERS, fuzz, fuzz_in_workers
 
 SHARE = {  # of the inputs; the fast readers get more
-    "csv": 24, "toml": 14, "tasks": 8, "index": 8, "record": 8, "seal": 8, "checkpoint": 8, "hdf5_unstamped": 10,
-    "hdf5": 12,
-}  # fmt: skip
+    "csv": 16, "toml": 10, "profile": 7, "submission": 4, "sums": 4, "train_ids": 2, "images_csv": 2, "tasks": 4,
+    "index": 4, "record": 4, "seal": 4, "checkpoint": 5, "hdf5_unstamped": 6, "hdf5": 8,
+} | {f"image.{ending}": 2 for ending in IMAGES}  # fmt: skip
+UNREFUSED = {"index", "record", "seal", "checkpoint", "submission", "hdf5_unstamped"}  # they pass over what is broken
 LONG_COUNT = int(os.environ.get("CMRHPC_TEST_INPUTS", "100000"))
 
 
@@ -29,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     import torch
 
     from cmrhpc import seal
-    from cmrhpc.launch import records
+    from cmrhpc.launch import records, submissions
     from cmrhpc.train.checkpoint import Checkpoints
 
     root = tmp_path / "workspace"
@@ -71,6 +73,17 @@ def folder(tmp_path: Path) -> Path:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0), "rng": torch.zeros(4, dtype=torch.uint8)}
     Checkpoints(tmp_path / "kept", {"a": 1}).save(3, tensors, {"position": 1, "history": [{"loss": 0.5}]})
     (tmp_path / "seed_checkpoint").write_bytes((tmp_path / "kept/step0000000003.checkpoint").read_bytes())
+    (tmp_path / "seed_profile").write_bytes((ROOT / "slurm/profiles/template.toml").read_bytes())
+    submission = submissions.Submission("7", "classify", ((0,), (1, 2)), 1.5e9, depends_on=("6",), name="a")
+    submissions.write_submission(workspace, submission)
+    (tmp_path / "seed_submission").write_bytes((root / "submissions/7.json").read_bytes())
+    names = [f"./fold0_repeat0_class{n % 2}/{n:06d}.png" for n in range(6)]
+    (tmp_path / "seed_sums").write_text("".join(f"{shards.sha256_of(name)}  {name}\n" for name in names))
+    (tmp_path / "seed_train_ids").write_text("id\n" + "".join(f"r{n:06d}\n" for n in range(9)))
+    lines = [f"{n:06d}.png,raw,{n},1800.5" for n in range(5)]
+    (tmp_path / "seed_images_csv").write_text("\n".join(["image,unit,window_low,window_high", *lines]) + "\n")
+    for ending in IMAGES:
+        save(tmp_path / f"seed_image.{ending}", (picture(0) // 8).astype(np.uint8))
     return tmp_path
 
 
@@ -85,7 +98,7 @@ def fuzz_reader(reader: str, folder: Path, seed: int, count: int) -> Counter[str
 @pytest.mark.parametrize("reader", READERS)
 def test_mutated_files_are_read_right_or_refused(folder: Path, reader: str) -> None:
     found = fuzz_reader(reader, folder, 1, 10 * SHARE[reader])
-    assert found["refused"] or reader in ("index", "record", "seal", "checkpoint", "hdf5_unstamped")
+    assert found["refused"] or reader in UNREFUSED or reader.startswith("image.")
 
 
 @pytest.mark.slow
