@@ -216,6 +216,8 @@ def leaks_in_words(collection: Collection) -> list[str]:
             f"What the generators and refiners were trained on was not checked here for {count(n, made)} "
             "not at hand: run cmrhpc verify in the workspace."
         )
+    if collection.made_checked or collection.made_unchecked:
+        found.append("Copies of real images among the made ones were not looked for here: cmrhpc verify does that.")
     return found
 
 

@@ -289,6 +289,7 @@ def test_the_page_says_which_generators_were_looked_at(tmp_path: Path) -> None:
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}), inputs=inputs)
     page = aggregate(tmp_path).page.read_text()
     assert "No leak found." in page
+    assert "Copies of real images among the made ones were not looked for here: cmrhpc verify does that." in page
     assert "So were those of the 12 synthetic or refined shards from which these predictions were made." in page
     alone = aggregate(tmp_path / "predictions", tmp_path / "alone").page.read_text()
     assert "So were those of the 12" in alone  # the folder lies in its workspace
