@@ -256,7 +256,8 @@ def parse_study(text: str, where: str = "study.toml") -> Study:
 
 def _check_external(name: str, own: dict[str, Any], where: str) -> None:
     """An external generator has a name of its own and no settings of training."""
-    if name in {**GENERATORS, **REFINERS} or name in ("none", "affine", "repeat-real") or not _NAME.fullmatch(name):
+    taken = (*GENERATORS, *REFINERS, "none", "affine", "repeat-real", "real")  # real: a figure of the report
+    if name in taken or not _NAME.fullmatch(name):
         mend = "lower-case letters, digits, - and _, at most 40, and none of ours: for example stylegan"
         raise BadInput(f'"{name}" cannot name an external generator', where, mend)
     if not own["external"]:

@@ -104,6 +104,7 @@ def test_an_external_generator_is_an_arm_with_no_setting_of_training(study_text:
         (EXTERNAL + "generations = 5\n", "is not trained here, so it has no generations"),
         (EXTERNAL.replace("stylegan", "dcgan"), '"dcgan" cannot name an external generator'),
         (EXTERNAL.replace("stylegan", "repeat-real"), "cannot name an external generator"),
+        (EXTERNAL.replace("stylegan", "real"), "cannot name an external generator"),
         (EXTERNAL.replace("stylegan", '"a+b"'), "cannot name an external generator"),
         (EXTERNAL.replace("stylegan", '"../a"'), "cannot name an external generator"),
         (EXTERNAL.replace("stylegan", "simgan"), "cannot name an external generator"),

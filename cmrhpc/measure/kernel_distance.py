@@ -83,23 +83,35 @@ def features(images: np.ndarray, chunk: int = 64) -> np.ndarray:
     return np.concatenate(found)
 
 
+def turned(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Square images (N, C, H, H), each in one of its 8 exact orientations (METHODS M3), drawn independently."""
+    found = np.empty_like(images)
+    for i, orientation in enumerate(rng.integers(8, size=len(images))):
+        image = np.rot90(images[i], orientation % 4, (1, 2))
+        found[i] = image[:, :, ::-1] if orientation >= 4 else image
+    return found
+
+
 def feature_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Unbiased MMD^2 of features (M, D) and (N, D), kernel k(x, y) = (x . y / D + 1)^3; NaN below two rows.
 
-    mean of k(a, a') over pairs + mean of k(b, b') over pairs - 2 mean of k(a, b).
+    mean of k(a, a') over pairs + mean of k(b, b') over pairs - 2 mean of k(a, b). A side may be (R, M, D), R draws of
+    the same images: a pair of its own side is then of one draw, so that no image meets itself.
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    m, n, width = len(a), len(b), a.shape[1]
-    if min(m, n) < 2:
+    a, b = (np.asarray(x, float).reshape(-1, *np.shape(x)[-2:]) for x in (a, b))
+    if min(a.shape[1], b.shape[1]) < 2:
         return float("nan")
+    width = a.shape[2]
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / width + 1) ** DEGREE
 
-    aa, bb, ab = kernel(a, a), kernel(b, b), kernel(a, b)
-    within_a = (aa.sum() - np.trace(aa)) / (m * (m - 1))
-    within_b = (bb.sum() - np.trace(bb)) / (n * (n - 1))
-    return float(within_a + within_b - 2 * ab.mean())
+    def within(draws: np.ndarray) -> float:
+        n = draws.shape[1]
+        kernels = [kernel(x, x) for x in draws]
+        return float(np.mean([(k.sum() - np.trace(k)) / (n * (n - 1)) for k in kernels]))
+
+    return within(a) + within(b) - 2 * float(kernel(np.concatenate(a), np.concatenate(b)).mean())
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -61,7 +61,7 @@ def aggregate(folder: Path, out: Path | None = None, begin: Callable[[], None] =
         "classes.csv": csvfiles.classes_csv(result),
         "table.md": tables.table_md(result),
         "table.tex": tables.table_tex(result),
-        SUMMARY: (text := tables.summary_text(result)) + "\n",
+        SUMMARY: (text := tables.summary_text(result, gallery.warned)) + "\n",
     }
     if len(result.collection.study.classes) == 2:
         del written["classes.csv"]

@@ -65,7 +65,7 @@ class Cell:
     best_step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Collection:
     """All predictions of a study, checked against its plan."""
 
@@ -83,10 +83,11 @@ class Collection:
     patients: list[str]
     leaks: list[str]
     unchecked_ids: int  # training ids whose patient no shard tells
-    made_checked: int = 0  # synthetic and refined shards behind the predictions whose training ids were compared
-    made_unchecked: int = 0  # those that are not at hand or cannot be read
-    normalised: Normalised | None = None  # where the cohort is at hand and tells it
-    primaries: Counter[Primary | None] = field(default_factory=Counter)  # carried by the predictions; None: untold
+    made_checked: int  # synthetic and refined shards behind the predictions whose training ids were compared
+    made_unchecked: int  # those that are not at hand or cannot be read
+    normalised: Normalised | None  # where the cohort is at hand and tells it
+    primaries: Counter[Primary | None]  # carried by the predictions; None: untold
+    asked: Asked  # knows the shards beside the predictions that were read and checked
 
     @property
     def declared_before(self) -> bool:
@@ -322,24 +323,25 @@ def collect(folder: Path) -> Collection:
     leaks, unchecked = find_leaks(both, tasks | asked.makers, table, by_image=study.folds.group_by == "image")
     missing = {name: refused.get(name, "not computed") for name in tasks if name not in accepted}
     return Collection(
-        root,
-        study,
-        study_from,
-        expected,
-        cells,
-        missing,
-        refused,
-        unasked,
-        table.ids,
-        table.label,
-        table.patient,
-        table.patients,
-        leaks,
-        unchecked,
-        len(made),
-        made_unchecked,
-        _normalised(asked.header(COHORT)),
-        _primaries(accepted),
+        root=root,
+        study=study,
+        study_from=study_from,
+        expected=expected,
+        cells=cells,
+        missing=missing,
+        refused=refused,
+        unasked=unasked,
+        ids=table.ids,
+        image_label=table.label,
+        image_patient=table.patient,
+        patients=table.patients,
+        leaks=leaks,
+        unchecked_ids=unchecked,
+        made_checked=len(made),
+        made_unchecked=made_unchecked,
+        normalised=_normalised(asked.header(COHORT)),
+        primaries=_primaries(accepted),
+        asked=asked,
     )
 
 

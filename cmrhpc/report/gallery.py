@@ -1,12 +1,14 @@
 """What a whole workspace adds to the predictions: sample images, kernel distances and training logs.
 
-Looks at repeat 0 only. A shard that is missing, damaged or no longer what the study asks for is left out with a note.
+Images and curves are of repeat 0 only, warnings of every training. A shard that is missing, damaged or no longer what
+the study asks for is left out with a note.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,16 +20,20 @@ import numpy as np
 from cmrhpc import files, pictures, planning, shards
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.hashing import sha256_of
-from cmrhpc.measure.kernel_distance import feature_distance, features
+from cmrhpc.measure.kernel_distance import feature_distance, features, turned
 from cmrhpc.names import COHORT_SCHEMA, FOLDS_SCHEMA, IMAGES_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.report import figures
-from cmrhpc.report.collect import Asked, Collection
+from cmrhpc.report.collect import Collection
 from cmrhpc.shards import Shard
+from cmrhpc.study import Study
 
 MAX_IMAGES = 300  # per side of a kernel distance
 SAMPLES = 16
+MAX_WARNING = 300  # characters
 MAX_LOG_BYTES = 16 * 2**20
+MAX_PLACES = 5  # of one warning that are named
+MAX_DRAWS = 8  # times that real images are put into other orientations
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,39 @@ class Strip:
 
 
 @dataclass
+class TrainingWarning:
+    """One warning of the trainings of one generator or refiner and class, wherever it was given."""
+
+    training: str  # `dae-gan+simgan, class disease`
+    text: str  # of the first place; numbers in it may differ elsewhere
+    places: list[str] = field(default_factory=list)  # `fold 0 repeat 1`
+
+    def in_words(self) -> str:
+        """`dae-gan, class disease: D is never wrong (2 trainings: fold 0 repeat 1; fold 3 repeat 0)`."""
+        more = len(self.places) - MAX_PLACES
+        where = "; ".join(self.places[:MAX_PLACES]) + (f" and {more} more" if more > 0 else "")
+        n = len(self.places)
+        return f"{self.training}: {self.text} ({n} training{'s' * (n > 1)}: {where})"
+
+
+@dataclass
 class Gallery:
     """Empty when only predictions are at hand."""
 
     strips: list[Strip] = field(default_factory=list)
     distances: list[Distance] = field(default_factory=list)
     curves: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # file name -> title, PNG
-    training_warnings: list[str] = field(default_factory=list)
+    training_warnings: list[TrainingWarning] = field(default_factory=list)
+    n_logs: int = 0  # trainings of generators and refiners whose log was read for warnings
+    n_warned: int = 0  # those of them that warned
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def warned(self) -> str:
+        """`3 of 50 trainings of generators and refiners warned`; empty when none did."""
+        if not self.n_warned:
+            return ""
+        return f"{self.n_warned} of {self.n_logs} training{'s' * (self.n_logs > 1)} of generators and refiners warned"
 
 
 class _Images:
@@ -71,7 +102,7 @@ class _Images:
 
     def __init__(self, collection: Collection, notes: list[str]):
         self.root, self.study, self.notes = collection.root, collection.study, notes
-        self.asked = Asked(self.root, self.study, {})
+        self.asked = collection.asked
         self.cohort, self.folds = self._open(COHORT, COHORT_SCHEMA), self._open(FOLDS, FOLDS_SCHEMA)
         if self.cohort and self.folds:
             self.rows = {image: row for row, image in enumerate(self.cohort.strings("id"))}
@@ -80,13 +111,15 @@ class _Images:
         self.real_features = lru_cache(maxsize=64)(self._real_features)
 
     def _open(self, name: str, schema: str) -> Shard | None:
-        if not (self.root / name).is_file():
-            return None
-        try:
-            return shards.read_shard(self.root / name, schema)
-        except CmrhpcError as error:
-            self.notes.append(f"{name}: {error.what}")
-            return None
+        shard = self.asked.header(name)
+        if shard and shard.schema == schema:
+            return shard
+        if (self.root / name).is_file():
+            try:
+                return shards.read_shard(self.root / name, schema)
+            except CmrhpcError as error:
+                self.notes.append(f"{name}: {error.what}")
+        return None
 
     def made(self, task: Task) -> Shard | None:
         """The shard of a synthesize or refine task if it is there and is what the study asks for."""
@@ -106,9 +139,15 @@ class _Images:
             rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
         return self.cohort.read("image", rows)
 
-    def _real_features(self, fold: int, part: str, label: int) -> np.ndarray:
+    def _real_features(self, fold: int, part: str, label: int, expanded: bool) -> np.ndarray:
+        """Features (draws, N, D) of the real images; expanded: draws of their orientations, MAX_IMAGES in all."""
         images = self.real(fold, part, label, MAX_IMAGES)
-        return features(images) if len(images) else np.zeros((0, 1))
+        if not len(images):
+            return np.zeros((1, 0, 1))
+        if not expanded:
+            return features(images)[None]
+        draws, rng = min(MAX_DRAWS, MAX_IMAGES // len(images)), np.random.default_rng(0)
+        return np.stack([features(turned(images, rng)) for _ in range(draws)])
 
     def of_class(self, shard: Shard, label: int, limit: int) -> np.ndarray:
         """The first `limit` images of a class in a synthetic or refined shard."""
@@ -122,16 +161,24 @@ def make_gallery(collection: Collection) -> Gallery:
     """Everything that the workspace around the predictions shows; an empty gallery for a copied predictions folder."""
     gallery = Gallery()
     images = _Images(collection, gallery.notes)
+    _add_warnings(gallery, images)
     if not (images.cohort and images.folds):
         return gallery
     try:
-        _fill(gallery, images, collection)
+        _fill(gallery, images)
     except (KeyError, ValueError, TypeError, IndexError, CmrhpcError) as error:  # shards that do not fit each other
         gallery.notes.append(f"images and kernel distances stop here: {error}")
+    gallery.notes[:] = list(dict.fromkeys(gallery.notes))
     return gallery
 
 
-def _fill(gallery: Gallery, images: _Images, collection: Collection) -> None:
+def is_expanded(study: Study, generator: str) -> bool:
+    """Whether a generator is trained on the affine-expanded set, in which a heart lies any way round (METHODS M3)."""
+    settings = study.generators[generator]
+    return settings.expand and study.affine.factor > 1 and not settings.external
+
+
+def _fill(gallery: Gallery, images: _Images) -> None:
     study = images.study
     refine = [t for t in planning.tasks(study, "refine") if t.repeat == 0]
     for label in range(len(study.classes)):
@@ -151,14 +198,13 @@ def _fill(gallery: Gallery, images: _Images, collection: Collection) -> None:
                 for name, made in refined.items():
                     if made:
                         kind, samples = f"refined, {task.generator} by {name}", images.of_class(made, label, SAMPLES)
-                        gallery.strips += _strip(f"{task.generator}_{name}", kind, label, samples)
+                        gallery.strips += _strip(f"{task.generator}+{name}", kind, label, samples)
         if task.fold == 0:
             _add_curve(gallery, images, task, shard)
     for task in (t for t in refine if t.fold == 0):
         shard = images.made(task)
         if shard:
             _add_curve(gallery, images, task, shard)
-    gallery.notes[:] = list(dict.fromkeys(gallery.notes))
 
 
 def _strip(name: str, kind: str, label: int, samples: np.ndarray) -> list[Strip]:
@@ -170,55 +216,80 @@ def _strip(name: str, kind: str, label: int, samples: np.ndarray) -> list[Strip]
 
 
 def _distance(images: _Images, task: Task, label: int, shard: Shard, refined: dict[str, Shard | None]) -> Distance:
-    held_out = images.real_features(task.fold, "test", label)
+    expanded = is_expanded(images.study, task.generator)
+    held_out = images.real_features(task.fold, "test", label, expanded)
+    train = images.real_features(task.fold, "train", label, expanded)
 
     def far(samples: np.ndarray) -> float:
-        return feature_distance(features(samples), held_out) if len(samples) > 1 and len(held_out) > 1 else math.nan
+        return feature_distance(features(samples), held_out) if len(samples) else math.nan
 
     trained = images.of_class(shard, label, MAX_IMAGES)
     untrained = shard.read("untrained", slice(0, MAX_IMAGES)) if "untrained" in shard else trained[:0]
     if task.label is None:  # a conditional generator's show the classes in turn
         untrained = untrained[label :: len(images.study.classes)]
-    train = images.real_features(task.fold, "train", label)
     return Distance(
-        task.generator,
-        task.fold,
-        label,
-        len(held_out),
-        far(untrained),
-        far(trained),
-        {name: far(images.of_class(made, label, MAX_IMAGES)) for name, made in refined.items() if made},
-        feature_distance(train, held_out) if min(len(train), len(held_out)) > 1 else math.nan,
+        generator=task.generator,
+        fold=task.fold,
+        label=label,
+        n_held_out=held_out.shape[1],
+        untrained=far(untrained),
+        trained=far(trained),
+        refined={name: far(images.of_class(made, label, MAX_IMAGES)) for name, made in refined.items() if made},
+        floor=feature_distance(train, held_out),
     )
 
 
 def _add_curve(gallery: Gallery, images: _Images, task: Task, shard: Shard) -> None:
     """The training curves of one task, from its .jsonl companion if that is there and unchanged."""
-    path = (images.root / task.output).with_suffix(".jsonl")
-    lines = list(_log_lines(path, shard.files.get(path.name, "")))
     title = task.title
     if task.label is not None:
         title = title.replace(f"class {task.label}", f"class {images.study.classes[task.label]}")
-    for line in lines:
-        if isinstance(line.get("warning"), str):
-            gallery.training_warnings.append(f"{title}, step {line.get('step', '?')}: {line['warning'][:300]}")
-    made = figures.training_curves(title, lines)
+    made = figures.training_curves(title, list(_log_lines(_log_text(images.root / task.output, shard))))
     if made:
         part = "classes" if task.label is None else f"class{task.label}"
-        kind = "_".join(filter(None, (task.refiner, task.generator)))
-        gallery.curves[f"training_{kind}_{part}.png"] = (title, made)
+        gallery.curves[f"training_{_name(task)}_{part}.png"] = (title, made)
 
 
-def _log_lines(path: Path, told: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log; nothing when the file is absent, too large or not the one that the shard names."""
-    if not told or not path.is_file() or path.is_symlink() or path.stat().st_size > MAX_LOG_BYTES:
-        return
-    data = files.read_plain(path)
-    if sha256_of(data) != told:
-        return
-    for text in data.decode("utf-8", "replace").splitlines():
+def _add_warnings(gallery: Gallery, images: _Images) -> None:
+    """What the trainings of all folds and repeats warned of, from the logs that are at hand and unchanged."""
+    found: dict[tuple[str, str], TrainingWarning] = {}
+    for task in (t for stage in ("synthesize", "refine") for t in planning.tasks(images.study, stage)):
+        shard = images.made(task)
+        text = _log_text(images.root / task.output, shard) if shard else ""
+        gallery.n_logs += bool(text)
+        suspects = "\n".join(line for line in text.splitlines() if '"warning"' in line)
+        told = [line["warning"] for line in _log_lines(suspects) if isinstance(line.get("warning"), str)]
+        gallery.n_warned += bool(told)
+        training = _name(task) + ("" if task.label is None else f", class {images.study.classes[task.label]}")
+        for warning in dict.fromkeys(part for line in told for part in line[:MAX_WARNING].split("; ")):
+            one = found.setdefault((training, re.sub(r"\d+", "0", warning)), TrainingWarning(training, warning))
+            place = f"fold {task.fold} repeat {task.repeat}"
+            one.places += [place] if place not in one.places else []
+    gallery.training_warnings = list(found.values())
+
+
+def _name(task: Task) -> str:
+    return "+".join(filter(None, (task.generator, task.refiner)))
+
+
+def _log_text(output: Path, shard: Shard) -> str:
+    """The log of a training; empty when it is absent, unreadable, too large or not the one that the shard names."""
+    path = output.with_suffix(".jsonl")
+    told = shard.files.get(path.name, "")
+    try:
+        if not told or not path.is_file() or path.is_symlink() or path.stat().st_size > MAX_LOG_BYTES:
+            return ""
+        data = files.read_plain(path)
+    except OSError:
+        return ""
+    return data.decode("utf-8", "replace") if sha256_of(data) == told else ""
+
+
+def _log_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a log."""
+    for one in text.splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(one)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):

@@ -13,9 +13,10 @@ from typing import Any
 from cmrhpc.measure.kernel_distance import FEATURES
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS
 from cmrhpc.report import tables
-from cmrhpc.report.gallery import MAX_IMAGES, Gallery
+from cmrhpc.report.gallery import MAX_IMAGES, Gallery, is_expanded
 from cmrhpc.report.published import WARNING, published
 from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, leaks_in_words, percent, split_units
+from cmrhpc.study import Study
 
 TEMPLATE = "page.html.j2"
 MAX_LISTED = 200  # missing cells, leaks and notes; the CSV files have all
@@ -107,7 +108,7 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         classes=_classes(result),
         strips=_strips(result, gallery),
         distances=_distances(result, gallery),
-        distance_note=_distance_note(gallery, by_patient=study.folds.group_by == "patient"),
+        distance_note=_distance_note(study, gallery),
         curves=[_picture(data, title, "", 1 / 1.3) for title, data in gallery.curves.values()],
         gallery=gallery,
         missing=_shortened(collection.missing),
@@ -183,12 +184,19 @@ def _distances(result: Result, gallery: Gallery) -> list[list[str]]:
     return lines if len(lines) > 1 else []
 
 
-def _distance_note(gallery: Gallery, by_patient: bool) -> str:
+def _distance_note(study: Study, gallery: Gallery) -> str:
+    by_patient = study.folds.group_by == "patient"
     whose = "which belong to other patients" if by_patient else "some of which may be of the same patients"
+    expanded = [name for name in dict.fromkeys(d.generator for d in gallery.distances) if is_expanded(study, name)]
+    turned = (
+        f" Trained on the affine-expanded set, in which a heart lies any way round: {', '.join(expanded)}. So the real "
+        "images beside theirs, those of the floor too, are put into one of the 8 exact orientations at random. The "
+        "small rotations and shifts are not copied: even perfect images stay a little above that floor."
+    )
     return (
         f"Unbiased kernel distance (cubic kernel, features of a {FEATURES}) to the held-out real images of the class "
         f"and fold, at most {MAX_IMAGES} images a side, repeat 0. Smaller is nearer. Floor: real training images to "
-        f"the same held-out images, {whose}. Values near zero may be negative; they do not "
+        f"the same held-out images, {whose}.{turned if expanded else ''} Values near zero may be negative; they do not "
         "compare with published KID."
     )
 

@@ -266,8 +266,8 @@ def table_tex(result: Result) -> str:
 # ------------------------------------------------------------------------------------------------- terminal
 
 
-def summary_text(result: Result) -> str:
-    """The main table for a terminal, aligned, the answer, and what is missing."""
+def summary_text(result: Result, warned: str) -> str:
+    """The main table for a terminal, aligned, the answer, and what is missing. warned: how many trainings did."""
     header = ["classifier", "arm", "ratio", "accuracy %", "sens %", "spec %", "AUC", "published %"]
     lines = []
     for key, row in result.rows.items():
@@ -285,4 +285,5 @@ def summary_text(result: Result) -> str:
 
     parts = [aligned(header), *(aligned(line) for line in lines), "", result.question, result.answer]
     parts += [f"on {result.patients_line}", *(f"! {warning}" for warning in result.warnings)]
+    parts += [f"! {warned}: see Warnings while training on the page"] if warned else []
     return printable("\n".join(parts))

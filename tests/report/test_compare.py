@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 from cmrhpc import planning
 from cmrhpc.measure import statistics
 from cmrhpc.report.aggregate import aggregate
-from cmrhpc.report.collect import Cell, Collection, Images, collect
+from cmrhpc.report.collect import Asked, Cell, Collection, Images, collect
 from cmrhpc.report.compare import _wider, compare_all
 from cmrhpc.report.csvfiles import comparison_details_csv
 from cmrhpc.report.evaluate import Evaluator, Pooled
@@ -439,7 +440,27 @@ def simulated(seed: int, effect: float) -> Collection:
     names = [f"p{i}" for i in range(40)]
     ids = np.array([f"r{i}".encode() for i in range(160)])
     expected = planning.tasks(study, "classify")
-    return Collection(Path(), study, "", expected, cells, {}, {}, [], ids, label, patient, names, [], 0)
+    return Collection(
+        root=Path(),
+        study=study,
+        study_from="",
+        expected=expected,
+        cells=cells,
+        missing={},
+        refused={},
+        unasked=[],
+        ids=ids,
+        image_label=label,
+        image_patient=patient,
+        patients=names,
+        leaks=[],
+        unchecked_ids=0,
+        made_checked=0,
+        made_unchecked=0,
+        normalised=None,
+        primaries=Counter({study.primary: len(expected)}),
+        asked=Asked(Path(), study, {}),
+    )
 
 
 def compared(seed: int, effect: float):

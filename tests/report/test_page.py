@@ -178,8 +178,8 @@ def test_a_study_split_by_image_is_called_leaking(tmp_path: Path) -> None:
         assert words in text
         assert words in markdown
     assert "validation patients" not in text + markdown
-    assert "some of which may be of the same patients" in _distance_note(Gallery(), by_patient=False)
-    assert "which belong to other patients" in _distance_note(Gallery(), by_patient=True)
+    assert "some of which may be of the same patients" in _distance_note(study, Gallery())
+    assert "which belong to other patients" in _distance_note(made.study(), Gallery())
 
 
 def test_a_split_by_image_of_one_image_per_patient_leaks_nothing(tmp_path: Path) -> None:
