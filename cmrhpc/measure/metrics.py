@@ -138,6 +138,16 @@ def clustered_auc(positive: np.ndarray, score: np.ndarray, owner: np.ndarray, we
         return ((of_up @ pairs) * of_down).sum(1) / ((of_up @ up_counts) * (of_down @ down_counts))
 
 
+def class_score(score: np.ndarray, k: int) -> np.ndarray:
+    """What images are ranked by for class k (N,): its softmax score of scores (N, K).
+
+    A softmax of 36 and more ahead is 1 in float64, where all of these would tie; near 0 none do. So among scores of 1
+    those go first whose other classes' scores are lower.
+    """
+    own, rest = score[:, k], score.sum(1, where=np.arange(score.shape[1]) != k)
+    return np.where(own == 1, 1 - np.log(np.maximum(rest, np.finfo(float).smallest_subnormal)), own)
+
+
 def class_auc(
     label: np.ndarray, score: np.ndarray, owner: np.ndarray | None = None, weights: np.ndarray | None = None
 ) -> np.ndarray:
@@ -148,8 +158,8 @@ def class_auc(
 
     def one(k: int) -> np.ndarray:
         if owner is None or weights is None:
-            return auc(label == k, score[:, k])
-        return clustered_auc(label == k, score[:, k], owner, weights)
+            return auc(label == k, class_score(score, k))
+        return clustered_auc(label == k, class_score(score, k), owner, weights)
 
     return one(1) if score.shape[1] == 2 else np.mean([one(k) for k in range(score.shape[1])], axis=0)
 
@@ -167,11 +177,11 @@ def measure(label: np.ndarray, score: np.ndarray) -> dict[str, float]:
 
 
 def per_class(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """precision, recall and f1 (K,) from confusion counts (K, K), each class against the rest; NaN when undefined.
+    """precision, recall and f1 (..., K) from confusion counts (..., K, K), each class against the rest.
 
-    F1 = 2 TP / (2 TP + FP + FN): a class that is there and never called has precision NaN and F1 0.
+    NaN when undefined. F1 = 2 TP / (2 TP + FP + FN): a class that is there and never called has precision NaN and F1 0.
     """
     counts = np.asarray(counts, float)
-    hit, true, called = np.diag(counts), counts.sum(1), counts.sum(0)
+    hit, true, called = np.einsum("...kk->...k", counts), counts.sum(-1), counts.sum(-2)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"precision": hit / called, "recall": hit / true, "f1": 2 * hit / (true + called)}

@@ -1,8 +1,8 @@
 """Comparisons of arms: what the difference is, what chance alone would give, which one was declared beforehand.
 
 Every arm is compared with `none` and with `affine` on the folds that both have. The printed interval is the wider of
-two: the patient-clustered bootstrap sees which patients were drawn and not how training went; the corrected
-resampled t sees both, but poorly when folds are few. The p value that decides is the corrected t. It tests the mean of
+two: the patient bootstrap captures patient sampling but not training variability; the corrected t captures both, but
+poorly with few folds. The p value that decides is the corrected t. It tests the mean of
 the folds' own differences, which is not the pooled difference: folds weigh alike, one without a class is left out, and
 an AUC ranks the images of one fold only.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from cmrhpc.measure import metrics, statistics
 from cmrhpc.names import METRICS
 from cmrhpc.report.collect import Cell, Key
-from cmrhpc.report.evaluate import Cells, Evaluator, PerPatient, Pooled, Row, per_patient, rests_on
+from cmrhpc.report.evaluate import Cells, Evaluator, PerPatient, Row, per_patient, rests_on
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import arm_parts, cell_of
 
@@ -135,8 +135,8 @@ def _compare(
             for m in METRICS
         ]
     whole_a, whole_b = len(a) == len(one_cells), len(b) == len(base_cells)
-    pooled_a = Pooled(_values(one), one.drawn, []) if whole_a else evaluator.pooled(a)
-    pooled_b = Pooled(_values(base), base.drawn, []) if whole_b else evaluator.pooled(b)
+    pooled_a = one.pooled if one.pooled and whole_a else evaluator.pooled(a)
+    pooled_b = base.pooled if base.pooled and whole_b else evaluator.pooled(b)
 
     # Per cell: what Nadeau-Bengio sees. Share of test to training images over the cells.
     folds = [{(f.repeat, f.fold): f.values for f in row.folds} for row in (one, base)]
@@ -148,7 +148,7 @@ def _compare(
     label, one_class = units_a.label, len(np.unique(units_a.patient)) == len(units_a.patient)
     delong = nan  # of a patient with images of two classes the cases are not independent
     if classes == 2 and one_class:
-        delong = statistics.delong(label == 1, units_a.score[:, 1], units_b.score[:, 1]).p
+        delong = statistics.delong(label == 1, *(metrics.class_score(u.score, 1) for u in (units_a, units_b))).p
     seed = derive_seed(evaluator.collection.study.seed, "permutation")
     n = rests_on(units_a, classes)
     found = []
@@ -156,9 +156,10 @@ def _compare(
         difference = pooled_a.values[metric] - pooled_b.values[metric]
         by_fold = [folds[0][k][metric] - folds[1][k][metric] for k in sorted(a)]
         test = statistics.corrected_t(by_fold, share)
-        low, high = _wider(difference, test, pooled_a, pooled_b, metric, n[metric])
+        defined, low, high = bool(np.isfinite(difference)), nan, nan
+        if defined:
+            low, high = _wider(difference, test, pooled_a.drawn[metric] - pooled_b.drawn[metric], n[metric])
         p, only_a, only_b = _patient_test(metric, units_a, units_b, classes, seed)
-        defined = bool(np.isfinite(difference))
         found.append(
             Comparison(
                 key,
@@ -184,20 +185,12 @@ def _compare(
     return found
 
 
-def _values(row: Row) -> dict[str, float]:
-    return {name: figure.value for name, figure in row.figures.items()}
-
-
-def _wider(
-    difference: float, test: statistics.TTest, a: Pooled, b: Pooled, metric: str, n_patients: int
-) -> tuple[float, float]:
+def _wider(difference: float, test: statistics.TTest, drawn: np.ndarray, n_patients: int) -> tuple[float, float]:
     """The outer limits of the bootstrap interval and of the corrected t interval about the pooled difference.
 
-    n_patients: patients that the metric rests on. NaN where neither finds any spread.
+    drawn: the difference in every resample; n_patients: that the metric rests on. NaN where neither finds any spread.
     """
-    if not np.isfinite(difference):
-        return float("nan"), float("nan")
-    low, high = statistics.interval(a.drawn[metric] - b.drawn[metric], n_patients)
+    low, high = statistics.interval(drawn, n_patients)
     if np.isfinite(test.low):
         low, high = np.fmin(low, test.low + difference - test.mean), np.fmax(high, test.high + difference - test.mean)
     if statistics.blind(low, high):

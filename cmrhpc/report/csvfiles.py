@@ -158,11 +158,13 @@ def classes_csv(result: Result) -> str:
 
     The rates are those of the counts: a class that is called once in one repeat has no precision of 1 from it.
     """
-    classes = result.collection.study.classes
-    header = ("classifier", "arm", "ratio", "label", "class", "precision", "recall", "f1")
-    lines = [
-        [*key, i, name, *(float(row.per_class[m][i]) for m in ("precision", "recall", "f1")), *row.counts[i].tolist()]
-        for key, row in result.rows.items()
-        for i, name in enumerate(classes)
-    ]
-    return to_csv((*header, *(f"predicted_{i}" for i in range(len(classes)))), lines)
+    classes, rates = result.collection.study.classes, ("precision", "recall", "f1")
+    limits_of = (f"{rate}_{end}" for rate in rates for end in ("low", "high"))
+    predicted = (f"predicted_{i}" for i in range(len(classes)))
+    lines: list[list[Cell]] = []
+    for key, row in result.rows.items():
+        for i, name in enumerate(classes):
+            figures = [row.per_class[rate][i] for rate in rates]
+            limits = [x for f in figures for x in (f.low, f.high)]
+            lines.append([*key, i, name, *(f.value for f in figures), *limits, *row.counts[i].tolist()])
+    return to_csv(("classifier", "arm", "ratio", "label", "class", *rates, *limits_of, *predicted), lines)

@@ -1,8 +1,8 @@
 """Collected predictions -> every number of the report, computed once; tables, figures and page only print them.
 
-A metric is the mean over repeats of the value pooled over a repeat's folds; a repeat that lacks folds weighs as much as
-it tests. All intervals of a row and all differences
-use the same resampled patients, so that arms stay paired.
+A metric is the mean over repeats of the value pooled over a repeat's folds. A repeat with missing folds is weighted by
+what the metric counts there: its test images, for sensitivity the positive and for specificity the negative ones. All
+intervals of a row and all differences use the same resampled patients, so that arms stay paired.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from cmrhpc.report.collect import Cell, Collection, Key
 from cmrhpc.seeds import derive_seed
 
 Cells = dict[tuple[int, int], Cell]  # by (repeat, fold)
-COUNTED = ("accuracy", "sensitivity", "specificity")  # of a binary study: shares of patients of a kind
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,28 @@ class PerPatient:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """The metrics of a set of cells, pooled over folds and repeats, and their bootstrap draws."""
+
+    values: dict[str, float]
+    drawn: dict[str, np.ndarray]  # metric -> (draws,)
+    by_patient: np.ndarray  # (P, K, K) confusion counts of each patient, all repeats together: true x predicted class
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One classifier, arm and ratio."""
 
     key: Key
     figures: dict[str, Figure]
     counts: np.ndarray  # (K, K) confusion counts, mean over repeats: true class x predicted class
-    per_class: dict[str, np.ndarray]  # precision, recall, f1 (K,), of the counts of all repeats together
+    per_class: dict[str, list[Figure]]  # precision, recall, f1 (K,), of the counts of all repeats together
     folds: list[Fold]
     n_folds: int
     n_repeats: int
     n_missing: int
     patients: PerPatient | None  # None when no cell is there
-    drawn: dict[str, np.ndarray] = field(repr=False, default_factory=dict)  # metric -> (draws,)
+    pooled: Pooled | None = field(repr=False)
 
     @property
     def n_expected(self) -> int:
@@ -104,25 +112,33 @@ class Evaluator:
     def row_of(self, key: Key, cells: Cells, n_missing: int) -> Row:
         """The row of any cells, at most one per fold and repeat."""
         if not cells:
-            nan = np.full(self.n_classes, np.nan)
-            empty = {name: Figure(float("nan")) for name in METRICS}
-            nothing = {name: nan for name in ("precision", "recall", "f1")}
-            return Row(key, empty, np.full((self.n_classes,) * 2, np.nan), nothing, [], 0, 0, n_missing, None)
+            return Row(
+                key=key,
+                figures={name: Figure(float("nan")) for name in METRICS},
+                counts=np.full((self.n_classes,) * 2, np.nan),
+                per_class={name: [Figure(float("nan"))] * self.n_classes for name in ("precision", "recall", "f1")},
+                folds=[],
+                n_folds=0,
+                n_repeats=0,
+                n_missing=n_missing,
+                patients=None,
+                pooled=None,
+            )
         pooled = self.pooled(cells)
         patients = per_patient(cells.values(), self.n_classes)
-        limits = self.limits(pooled, patients)
-        figures = {name: Figure(pooled.values[name], *limits[name]) for name in METRICS}
+        per_class = self._per_class(pooled)
+        n_repeats = len({repeat for repeat, _ in cells})
         return Row(
-            key,
-            figures,
-            np.mean(pooled.counts, axis=0),
-            metrics.per_class(np.sum(pooled.counts, axis=0)),
-            [self._fold(cell) for _, cell in sorted(cells.items())],
-            len({fold for _, fold in cells}),
-            len({repeat for repeat, _ in cells}),
-            n_missing,
-            patients,
-            pooled.drawn,
+            key=key,
+            figures=_figures(pooled, per_class["recall"], rests_on(patients, self.n_classes)),
+            counts=pooled.by_patient.sum(0) / n_repeats,
+            per_class=per_class,
+            folds=[self._fold(cell) for _, cell in sorted(cells.items())],
+            n_folds=len({fold for _, fold in cells}),
+            n_repeats=n_repeats,
+            n_missing=n_missing,
+            patients=patients,
+            pooled=pooled,
         )
 
     def _fold(self, cell: Cell) -> Fold:
@@ -131,71 +147,114 @@ class Evaluator:
         return Fold(cell.task.repeat, cell.task.fold, len(cell.score), n_patients, values, cell.best_step)
 
     def pooled(self, cells: Cells) -> Pooled:
-        """Values and bootstrap draws of a set of cells; the accuracy identity is asserted for every repeat."""
-        repeats = sorted({repeat for repeat, _ in cells})
-        values, drawn, counts, sizes = [], [], [], []
-        for repeat in repeats:
+        """Values and bootstrap draws of a set of cells; the accuracy identity is asserted for every repeat and for all.
+
+        A rate is that of the counts of all repeats together: where none lacks folds, the mean over repeats.
+        """
+        k, n_patients = self.n_classes, self.weights.shape[1]
+        by_patient = np.zeros((n_patients, k, k), np.int64)
+        aucs, drawn_aucs, sizes = [], [], []
+        for repeat in sorted({repeat for repeat, _ in cells}):
             here = [cell for (r, _), cell in sorted(cells.items()) if r == repeat]
             label, patient = (np.concatenate([getattr(c.images, n) for c in here]) for n in ("label", "patient"))
             score = np.concatenate([cell.score for cell in here])
-            values.append(metrics.measure(label, score))
-            counts.append(metrics.confusion(label, metrics.predicted_class(score), self.n_classes))
-            drawn.append(self._draw(label, patient, score))
-            sizes.append(len(label))
-        weights = np.array(sizes) / max(sizes)  # whole repeats weigh 1, exactly
-        means, draws = dict.fromkeys(METRICS, float("nan")), {}
-        for name in METRICS:
-            # A repeat that lacks a class has no value of some metrics and so no part in their mean.
-            there = [i for i, v in enumerate(values) if np.isfinite(v[name])]
-            if there:
-                means[name] = float(np.average([values[i][name] for i in there], weights=weights[there]))
-                draws[name] = np.average([drawn[i][name] for i in there], axis=0, weights=weights[there])
-        return Pooled(means, draws, counts)
+            auc = metrics.measure(label, score)["auc"]
+            flat = (patient * k + label) * k + metrics.predicted_class(score)
+            by_patient += np.bincount(flat, minlength=by_patient.size).reshape(by_patient.shape)
+            if np.isfinite(auc):  # a repeat that lacks a class has none, and so no part in the mean
+                aucs.append(auc)
+                drawn_aucs.append(metrics.class_auc(label, score, patient, self.weights))
+                sizes.append(len(label))
+        counts = by_patient.sum(0)
+        metrics.check_identity(counts)
+        values = {name: float(value) for name, value in metrics.rates(counts).items()} | {"auc": float("nan")}
+        drawn = metrics.rates(self._drawn_counts(by_patient))
+        if aucs:
+            weights = np.array(sizes) / max(sizes)  # whole repeats weigh 1, exactly
+            values["auc"] = float(np.average(aucs, weights=weights))
+            drawn["auc"] = np.average(drawn_aucs, axis=0, weights=weights)
+        return Pooled(values, drawn, by_patient)
 
-    def _draw(self, label: np.ndarray, patient: np.ndarray, score: np.ndarray) -> dict[str, np.ndarray]:
-        """Metrics of one repeat for every resample of patients, (draws,) each."""
-        k, n_patients = self.n_classes, self.weights.shape[1]
-        flat = (patient * k + label) * k + metrics.predicted_class(score)
-        per_patient_counts = np.bincount(flat, minlength=n_patients * k * k).reshape(n_patients, k * k)
-        found = metrics.rates((self.weights @ per_patient_counts).reshape(-1, k, k))
-        return found | {"auc": metrics.class_auc(label, score, patient, self.weights)}
+    def _drawn_counts(self, by_patient: np.ndarray) -> np.ndarray:
+        """Confusion counts (draws, K, K) of every resample of patients."""
+        flat = by_patient.reshape(len(by_patient), -1)
+        return (self.weights @ flat).reshape(-1, *by_patient.shape[1:])
 
-    def limits(self, pooled: Pooled, patients: PerPatient) -> dict[str, tuple[float, float]]:
-        """95 % interval of each metric: bootstrap, for the rates of a binary study the wider of it and an exact one.
+    def _per_class(self, pooled: Pooled) -> dict[str, list[Figure]]:
+        """Precision, recall and F1 of each class with their intervals.
 
-        Near 0 or 1 a bootstrap of a rate rests on few patients and is too narrow (of 77, each right with chance 0.95,
-        it covers 0.89), so the exact limits over patients count too. Balanced accuracy takes those of its two rates,
-        of different patients, by squares and sums (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
+        A recall rests on the patients of the class, a precision on those with an image that is called so.
         """
-        n, value = rests_on(patients, self.n_classes), pooled.values
-        limits: dict[str, tuple[float, float]] = {}
-        binary = self.n_classes == 2
-        for name in METRICS:
-            low, high = statistics.interval(pooled.drawn.get(name, np.full(1, np.nan)), n[name])
-            exact = (float("nan"), float("nan"))
-            if binary and name in COUNTED and np.isfinite(value[name]):
-                exact = statistics.exact_limits(round(value[name] * n[name], 9), n[name])
-            elif binary and name == "balanced_accuracy":
-                exact = _of_two(*((value[rate], *limits[rate]) for rate in ("sensitivity", "specificity")))
-            low, high = (float("nan"),) * 2 if statistics.blind(low, high) else (low, high)
-            limits[name] = float(np.fmin(low, exact[0])), float(np.fmax(high, exact[1]))
-        return limits
+        values = metrics.per_class(pooled.by_patient.sum(0))
+        drawn = metrics.per_class(self._drawn_counts(pooled.by_patient))
+        true, called = ((pooled.by_patient.sum(axis) > 0).sum(0).tolist() for axis in (2, 1))
+        found: dict[str, list[Figure]] = {}
+        for name, n in (("precision", called), ("recall", true), ("f1", true)):
+            limits = bootstrap_limits if name == "f1" else share_limits
+            every = zip(values[name].tolist(), drawn[name].T, n, strict=True)
+            found[name] = [Figure(value, *limits(value, draws, patients)) for value, draws, patients in every]
+        return found
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """Mean over repeats of the pooled metrics, their bootstrap draws, and the confusion counts of each repeat."""
-
-    values: dict[str, float]
-    drawn: dict[str, np.ndarray]
-    counts: list[np.ndarray]
+def bootstrap_limits(value: float, drawn: np.ndarray, n: int) -> tuple[float, float]:
+    """95 % limits of a value that rests on n patients, from its draws; NaN where the bootstrap is blind."""
+    low, high = statistics.interval(drawn, n)
+    return (float("nan"),) * 2 if statistics.blind(low, high) or not np.isfinite(value) else (low, high)
 
 
-def _of_two(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float]:
-    """Limits of the mean of two independent rates, each given as value, low, high; NaN when one is."""
-    down, up = np.hypot(a[0] - a[1], b[0] - b[1]) / 2, np.hypot(a[2] - a[0], b[2] - b[0]) / 2
-    middle = (a[0] + b[0]) / 2
-    return float(middle - down), float(middle + up)
+def share_limits(value: float, drawn: np.ndarray, n: int) -> tuple[float, float]:
+    """95 % limits of a share of n patients: the wider of bootstrap and exact ones.
+
+    Near 0 or 1 a bootstrap rests on few patients and is too narrow (of 77, each right with chance 0.95, it covers
+    0.89), so the exact limits over patients count too.
+    """
+    exact = statistics.exact_limits(round(value * n, 9), n) if np.isfinite(value) else (float("nan"),) * 2
+    return _wider(bootstrap_limits(value, drawn, n), exact)
+
+
+def _wider(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    """The outer limits; one that is NaN has no part."""
+    return float(np.fmin(a[0], b[0])), float(np.fmax(a[1], b[1]))
+
+
+def _mean_limits(shares: list[Figure]) -> tuple[float, float]:
+    """Limits of the mean of shares of different patients by squares and sums; NaN when one is.
+
+    MOVER: Zou and Donner, Statistics in Medicine 27, 2008.
+    """
+    value, low, high = (np.array([getattr(f, end) for f in shares]) for end in ("value", "low", "high"))
+    down, up = (float(np.sqrt((reach**2).sum())) / len(shares) for reach in (value - low, high - value))
+    return float(value.mean()) - down, float(value.mean()) + up
+
+
+def _auc_limits(value: float, n: int) -> tuple[float, float]:
+    """Exact limits of an AUC of 1 or 0, which every resample has; NaN otherwise. n: patients of the smaller class.
+
+    n pairs of a patient of each class, no patient in two, are independent, and each is ranked rightly with a chance of
+    the AUC or less: all are with AUC^n at most. So the limits are those of n of n (Clopper-Pearson).
+    """
+    return statistics.exact_limits(value * n, n) if value in (0, 1) else (float("nan"),) * 2
+
+
+def _figures(pooled: Pooled, recall: list[Figure], n: dict[str, int]) -> dict[str, Figure]:
+    """Every metric with its 95 % interval. recall: of each class; n: patients that each metric rests on."""
+    limits: dict[str, tuple[float, float]] = {}
+    binary = len(recall) == 2
+    for name in METRICS:
+        value, drawn = pooled.values[name], pooled.drawn.get(name, np.full(1, np.nan))
+        if name == "accuracy":
+            limits[name] = share_limits(value, drawn, n[name])
+        elif binary and name in ("sensitivity", "specificity"):
+            one = recall[name == "sensitivity"]
+            limits[name] = one.low, one.high
+        else:
+            exact = (float("nan"),) * 2  # of a mean over classes of specificities, which share patients
+            if name in ("balanced_accuracy", "sensitivity"):
+                exact = _mean_limits(recall)
+            elif name == "auc":
+                exact = _auc_limits(value, n[name])
+            limits[name] = _wider(bootstrap_limits(value, drawn, n[name]), exact)
+    return {name: Figure(pooled.values[name], *limits[name]) for name in METRICS}
 
 
 def rests_on(patients: PerPatient, n_classes: int) -> dict[str, int]:

@@ -211,10 +211,14 @@ def shown_arms(result: Result, classifier: str) -> tuple[list[tuple[Key, Row]], 
 
 
 def roc(result: Result) -> bytes | None:
-    """ROC curves over images, pooled over the folds of a repeat and averaged over repeats; binary studies."""
+    """ROC curves over images, pooled over the folds of a repeat and averaged over repeats.
+
+    With more than two classes also over these, each against the rest, as the AUC is.
+    """
     groups = [name for name, _ in _by_classifier(result)]
-    if len(result.collection.study.classes) != 2 or not groups:
+    if not groups:
         return None
+    classes = range(len(result.collection.study.classes)) if len(result.collection.study.classes) > 2 else (1,)
     figure, axes = _panels(len(groups), 4.6, 4.3)
     tone, grid = colours(result), np.linspace(0, 1, 201)
     for ax, name in zip(axes, groups, strict=True):
@@ -224,9 +228,10 @@ def roc(result: Result) -> bytes | None:
             for repeat in sorted({r for r, _ in cells}):
                 here = [cell for (r, _), cell in cells.items() if r == repeat]
                 label = np.concatenate([cell.images.label for cell in here])
-                if 0 < label.sum() < len(label):
-                    x, y = metrics.roc(label == 1, np.concatenate([cell.score[:, 1] for cell in here]))
-                    curves.append(np.r_[0, np.interp(grid[1:], x, y)])
+                score = np.concatenate([cell.score for cell in here])
+                if all(0 < (label == k).sum() < len(label) for k in classes):
+                    corners = [metrics.roc(label == k, metrics.class_score(score, k)) for k in classes]
+                    curves += [np.r_[0, np.interp(grid[1:], x, y)] for x, y in corners]
             if curves:
                 text = f"{_row_name(key)} ({row.figures['auc'].value:.3f})"
                 dashed = "--" if key[1].endswith("+affine") else "-"

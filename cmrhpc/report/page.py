@@ -15,7 +15,7 @@ from cmrhpc.planning import COHORT, FOLDS, WEIGHTS
 from cmrhpc.report import tables
 from cmrhpc.report.gallery import MAX_IMAGES, Gallery, is_expanded
 from cmrhpc.report.published import WARNING, published
-from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, leaks_in_words, percent, split_units
+from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, figure_text, leaks_in_words, split_units
 from cmrhpc.study import Study
 
 TEMPLATE = "page.html.j2"
@@ -30,13 +30,17 @@ FIGURES = {
     "ratio_curve": (
         "{Metric} over the ratio",
         "{Metric} over the ratio of synthetic to real images. Ratio 0 is real images alone; dashed lines have affine "
-        "on top. A maximum picked from this curve is picked on test images: Best ratio below is not.",
+        "on top. Choosing the maximum of this curve means choosing on test images; Best ratio below does not.",
     ),
     "folds": (
         "Fold by fold: {metric}",
         "Every dot is one fold of one repeat: how far the figure moves with split and seeds.",
     ),
-    "roc": ("ROC curves", "ROC over images, pooled over folds, mean over repeats. In brackets the AUC."),
+    "roc": (
+        "ROC curves",
+        "ROC over images, pooled over folds, mean over repeats; of more than two classes the mean of each against the "
+        "rest. In brackets the AUC.",
+    ),
     "classifier_training": (
         "Training of the classifiers",
         "Validation loss while the classifiers train, mean over folds and repeats. Ticks at the bottom: the steps "
@@ -150,7 +154,7 @@ def _classes(result: Result) -> list[list[str]]:
     lines = []
     for key, row in result.rows.items():
         for i, name in enumerate(classes if row.folds else ()):
-            measured = [percent(float(row.per_class[m][i])) for m in ("precision", "recall", "f1")]
+            measured = [figure_text(m, row.per_class[m][i]) for m in ("precision", "recall", "f1")]
             lines.append([key[0], arm_text(*key[1:]), name, *measured])
     return lines
 

@@ -28,11 +28,11 @@ from cmrhpc.report.result import (
 )
 
 INTERVALS = (
-    "Intervals: 95 %, patients resampled with all their images (bootstrap, expanded percentiles). They cover which "
-    "patients were drawn, not how training would go another time. With two classes accuracy, sensitivity and "
-    "specificity have the wider of this and exact limits over patients (Clopper-Pearson), and balanced accuracy the "
-    "wider of this and those of its two rates; an AUC close to 1 has no such guard, and on few patients its interval "
-    "is too narrow there."
+    "Intervals: 95 %, patients resampled with all their images (bootstrap, expanded percentiles). They reflect patient "
+    "sampling, not training variability. Accuracy and the recall of each class (with two classes sensitivity and "
+    "specificity) have the wider of this and exact limits over patients (Clopper-Pearson), and balanced accuracy, the "
+    "mean of the recalls, the wider of this and those of its rates. An AUC of 1 has the exact limits of as many pairs "
+    "as the smaller class has patients; one close to 1 has no such guard: on few patients its interval is too narrow."
 )
 COMPARISONS = (
     "Differences in percentage points (AUC: hundredths) of the pooled values, on the folds that both have. Interval: "

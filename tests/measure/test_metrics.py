@@ -158,3 +158,17 @@ def test_patient_weighted_auc_agrees_with_the_plain_one_both_ways(monkeypatch: p
     owner, weights = rng.integers(0, 12, 50), rng.integers(0, 3, (40, 12)).astype(float)
     expected = metrics.auc(label == 1, score[:, 1], weights[:, owner])
     np.testing.assert_allclose(metrics.clustered_auc(label == 1, score[:, 1], owner, weights), expected, atol=1e-12)
+
+
+def test_scores_of_1_are_ranked_as_those_near_0_are() -> None:
+    """A softmax in float64 ends at 1 where it is 40 or 50 ahead, and never at 0: both sides must be ranked alike."""
+    label, ahead = np.array([0, 1, 0, 1, 1, 0]), np.array([40.0, 50.0, 45.0, 60.0, 42.0, -3.0])
+    positive, negative = np.exp(-np.logaddexp(0, -ahead)), np.exp(-np.logaddexp(0, ahead))
+    assert (positive == 1).sum() == 5
+    expected = sk.roc_auc_score(label, ahead)
+    assert metrics.measure(label, np.c_[negative, positive])["auc"] == pytest.approx(expected, abs=1e-12)
+    assert metrics.measure(1 - label, np.c_[positive, negative])["auc"] == pytest.approx(expected, abs=1e-12)
+    x, y = metrics.roc(label == 1, metrics.class_score(np.c_[negative, positive], 1))
+    assert np.trapezoid(y, x) == pytest.approx(expected, abs=1e-12)
+    eye = metrics.class_score(np.eye(2), 1)  # another score of 0 is no reason for a warning or an infinity
+    assert np.isfinite(eye).all()

@@ -20,7 +20,7 @@ from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import Asked, Cell, Collection, Images, collect
 from cmrhpc.report.compare import _wider, compare_all
 from cmrhpc.report.csvfiles import comparison_details_csv
-from cmrhpc.report.evaluate import Evaluator, Pooled
+from cmrhpc.report.evaluate import Evaluator
 from cmrhpc.report.result import evaluate, points, verdict
 from cmrhpc.report.tables import best_lines, comparison_lines, table_md
 from tests.report import made
@@ -109,7 +109,7 @@ def test_an_interval_of_a_rate_rests_on_the_patients_of_its_class(tmp_path: Path
     rows = {key: evaluator.row(key) for key in evaluator.collection.keys}
     for metric, n in (("accuracy", 30), ("sensitivity", 24), ("specificity", 6), ("balanced_accuracy", 6), ("auc", 6)):
         for c in (c for c in compare_all(evaluator, rows) if c.metric == metric):
-            drawn = rows[c.key].drawn[metric] - rows["resnet50", c.versus, 0.0].drawn[metric]
+            drawn = rows[c.key].pooled.drawn[metric] - rows["resnet50", c.versus, 0.0].pooled.drawn[metric]
             assert (c.low, c.high) == pytest.approx(np.clip(statistics.interval(drawn, n), -1, 1).tolist(), abs=1e-12)
 
 
@@ -150,9 +150,7 @@ def test_the_answer_says_what_p_tests_and_that_it_disagrees_with_the_interval(tm
 
 def test_what_rounding_leaves_of_a_limit_of_0_does_not_exclude_0() -> None:
     test = statistics.corrected_t([0.1], 0.25)  # one fold: no t interval beside the bootstrap
-    drawn = {"accuracy": np.r_[np.full(1000, 5e-17), np.full(1000, 0.2)]}
-    none = Pooled({"accuracy": 0.0}, {"accuracy": np.zeros(2000)}, [])
-    low, high = _wider(0.1, test, Pooled({"accuracy": 0.1}, drawn, []), none, "accuracy", 40)
+    low, high = _wider(0.1, test, np.r_[np.full(1000, 5e-17), np.full(1000, 0.2)], 40)
     assert (low, high) == (0.0, 0.2)
 
 
@@ -260,8 +258,7 @@ def test_patients_of_a_rate_are_those_of_its_class(tmp_path: Path) -> None:
 def test_the_interval_of_t_is_moved_to_the_pooled_difference() -> None:
     """Folds of unequal size: the mean of their differences is not the pooled one."""
     test = statistics.corrected_t([0.3, 0.1, 0.2, 0.05], 0.25)
-    flat = {"accuracy": np.full(50, 0.5)}
-    low, high = _wider(0.12, test, Pooled({}, flat, []), Pooled({}, flat, []), "accuracy", 20)
+    low, high = _wider(0.12, test, np.zeros(50), 20)
     assert (low, high) == pytest.approx((test.low - test.mean + 0.12, test.high - test.mean + 0.12))
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -23,7 +22,7 @@ from cmrhpc.measure import statistics
 from cmrhpc.report import tables
 from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
-from cmrhpc.report.evaluate import Evaluator, PerPatient, Pooled
+from cmrhpc.report.evaluate import Evaluator, share_limits
 from cmrhpc.report.published import FIGURES
 from cmrhpc.report.result import evaluate, figure_text, limit_text, p_text, ratio_arms
 from tests.report import made
@@ -85,7 +84,8 @@ def test_table_agrees_with_scikit_learn_on_the_stored_predictions(report: Aggreg
                 continue
             label, score = (np.concatenate(values) for values in zip(*parts, strict=True))
             predicted = score.argmax(1)
-            sizes.append(len(label))
+            sizes.append({name: len(label) for name in METRICS})
+            sizes[-1] |= {"sensitivity": (label == 1).sum(), "specificity": (label == 0).sum()}
             found["accuracy"].append(sk.accuracy_score(label, predicted))
             found["sensitivity"].append(sk.recall_score(label, predicted))
             found["specificity"].append(sk.recall_score(label, predicted, pos_label=0))
@@ -95,19 +95,27 @@ def test_table_agrees_with_scikit_learn_on_the_stored_predictions(report: Aggreg
             if row["arm"] == "affine":
                 assert row[name] == row[f"{name}_low"] == ""
                 continue
-            assert float(row[name]) == pytest.approx(np.average(found[name], weights=sizes), abs=1e-12)
+            expected = np.average(found[name], weights=[size[name] for size in sizes])
+            if name == "balanced_accuracy":
+                expected = (float(row["sensitivity"]) + float(row["specificity"])) / 2
+            assert float(row[name]) == pytest.approx(expected, abs=1e-12)
             assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
             compared += 1
     assert compared == 12 * 5
 
 
-def test_accuracy_is_the_prevalence_weighted_mean_on_every_complete_row(report: AggregateResult) -> None:
-    (_, _, negative), (_, _, positive) = report.result.collection.patients_per_class()
-    share = positive / (positive + negative)
-    for row in read_csv(report.folder / "table.csv"):
-        if row["n_missing"] == "0":
-            weighted = float(row["sensitivity"]) * share + float(row["specificity"]) * (1 - share)
-            assert float(row["accuracy"]) == pytest.approx(weighted, abs=1e-12)
+def test_accuracy_is_the_prevalence_weighted_mean_on_every_row(report: AggregateResult) -> None:
+    """Also where folds are missing: the prevalence is that of the images which the row tests."""
+    lacking = set()
+    for key, row in report.result.rows.items():
+        if not row.folds:
+            continue
+        labels = np.concatenate([cell.images.label for cell in report.result.collection.cells[key].values()])
+        share, value = labels.mean(), {name: figure.value for name, figure in row.figures.items()}
+        weighted = value["sensitivity"] * share + value["specificity"] * (1 - share)
+        assert value["accuracy"] == pytest.approx(weighted, abs=1e-12)
+        lacking |= {key} if row.n_missing else set()
+    assert lacking == {("resnet50", "dae-gan", 3.0)}
 
 
 def test_missing_cells_are_counted_and_listed(report: AggregateResult) -> None:
@@ -321,7 +329,9 @@ def test_planted_truth_comes_out(tmp_path: Path) -> None:
     assert float(gan["sensitivity_low"]) == pytest.approx(0.025 ** (1 / 10), abs=1e-12)
     ten = 0.025 ** (1 / 10)
     assert float(gan["balanced_accuracy_low"]) == pytest.approx(1 - math.hypot(1 - ten, 1 - ten) / 2, abs=1e-12)
-    assert (gan["balanced_accuracy_high"], gan["auc_low"], gan["auc_high"]) == ("1.0", "", "")
+    # Ten pairs of patients, all ranked rightly.
+    assert float(gan["auc_low"]) == pytest.approx(ten, abs=1e-12)
+    assert (gan["balanced_accuracy_high"], gan["auc_high"]) == ("1.0", "1.0")
     comparison = next(c for c in read_csv(tmp_path / "report" / "comparisons.csv") if c["metric"] == "accuracy")
     assert float(comparison["difference"]) == pytest.approx(0.25, abs=1e-12)
     assert float(comparison["p_mcnemar"]) == pytest.approx(2 / 2**5, abs=1e-12)
@@ -364,13 +374,9 @@ def test_a_rate_next_to_0_or_1_has_no_narrower_interval_than_one_that_is_there(t
 def test_the_interval_of_a_rate_covers_close_to_1_where_a_bootstrap_does_not() -> None:
     """77 patients of one image, each read rightly with chance 0.95: coverage, summed over all counts."""
     n, p, covered, bootstrap = 77, 0.95, 0.0, 0.0
-    label = np.r_[np.ones(n, int), np.zeros(n, int)]
-    patients = PerPatient(np.arange(2 * n), label, np.zeros((2 * n, 2)), np.ones(2 * n), np.ones(2 * n))
     for right in range(n + 1):
         drawn = np.random.default_rng(right).binomial(n, right / n, 2000) / n
-        values = dict.fromkeys(METRICS, math.nan) | {"sensitivity": right / n}
-        pooled = Pooled(values, {"sensitivity": drawn}, [])
-        low, high = Evaluator.limits(SimpleNamespace(n_classes=2), pooled, patients)["sensitivity"]
+        low, high = share_limits(right / n, drawn, n)
         chance = stats.binom.pmf(right, n, p)
         covered += chance * (low <= p <= high)
         alone = statistics.interval(drawn, n)
@@ -414,6 +420,27 @@ def test_a_cohort_of_one_class_has_no_specificity(tmp_path: Path) -> None:
     assert row["sensitivity"] == row["accuracy"] != ""
 
 
+def called_so(path: Path, label: int) -> list[bytes]:
+    with h5py.File(path) as file:
+        return file["patient"][()][file["score"][()].argmax(1) == label].tolist()
+
+
+def test_a_perfect_multi_class_arm_has_exact_limits(tmp_path: Path) -> None:
+    """No resample of it differs, so without them accuracy, recalls and AUC had no interval at all."""
+    study = made.study(arms="none dae-gan:3", classes=("a", "b", "c"))
+    one = made.cohort(study, patients=(5, 6, 7))
+    made.write(tmp_path, study, one, lambda task, rows: np.eye(3)[one.label[rows]])
+    row = evaluate(collect(tmp_path)).rows["resnet50", "none", 0.0]
+    assert (row.figures["accuracy"].low, row.figures["accuracy"].high) == (pytest.approx(0.025 ** (1 / 18)), 1)
+    recall = [1 - 0.025 ** (1 / n) for n in (5, 6, 7)]
+    assert [1 - f.low for f in row.per_class["recall"]] == pytest.approx(recall)
+    assert [1 - f.low for f in row.per_class["precision"]] == pytest.approx(recall)
+    for name in ("sensitivity", "balanced_accuracy"):
+        assert row.figures[name].low == pytest.approx(1 - math.hypot(*recall) / 3)
+    assert (row.figures["auc"].low, row.figures["auc"].high) == (pytest.approx(0.025 ** (1 / 5)), 1)
+    assert math.isnan(row.figures["specificity"].low)
+
+
 def test_multi_class_studies_add_per_class_figures(tmp_path: Path) -> None:
     classes = ("=nv", "mel|a", "<b>bcc</b>")
     study = made.study(arms="none dae-gan:3", classes=classes)
@@ -433,7 +460,23 @@ def test_multi_class_studies_add_per_class_figures(tmp_path: Path) -> None:
             assert float(row[name]) == pytest.approx(expected[j][i], abs=1e-12)
         found = [float(row[f"predicted_{k}"]) for k in range(3)]
         assert found == pytest.approx((counts[i] / 2).tolist(), abs=1e-12)
+    # A recall rests on the patients of the class, a precision on those with an image called so.
+    row = evaluate(collect(tmp_path)).rows["resnet50", "none", 0.0]
+    assert row.patients is not None
+    for i, figures in enumerate(zip(row.per_class["recall"], row.per_class["precision"], strict=True)):
+        called = [
+            owner for path in sorted((tmp_path / "predictions" / "none").rglob("*.h5")) for owner in called_so(path, i)
+        ]
+        for figure, n in zip(figures, (int((row.patients.label == i).sum()), len(set(called))), strict=True):
+            low, high = statistics.exact_limits(round(figure.value * n, 9), n)
+            assert figure.low <= low <= figure.value <= high <= figure.high
+    text = figure_text("recall", row.per_class["recall"][0])
+    assert [float(rows[0][f"recall_{end}"]) for end in ("low", "high")] == [
+        getattr(row.per_class["recall"][0], end) for end in ("low", "high")
+    ]
     page = (tmp_path / "report" / "index.html").read_text()
+    assert f">{text}</td>" in page
+    assert "<h3>ROC curves</h3>" in page
     assert "&lt;b&gt;bcc&lt;/b&gt;" in page
     assert "<b>bcc" not in page
     assert "published row" not in page
@@ -455,7 +498,7 @@ def test_a_class_called_once_rightly_has_no_precision_from_that_repeat_alone(tmp
     assert [float(row[name]) for name in ("precision", "recall", "f1")] == [0.25, 1 / 16, 0.1]
 
 
-def test_a_repeat_that_lacks_folds_weighs_as_much_as_it_tests(tmp_path: Path) -> None:
+def test_a_repeat_with_missing_folds_is_weighted_by_what_a_metric_counts_there(tmp_path: Path) -> None:
     """Repeat 0 is whole and all right, of repeat 1 one fold is there and all wrong."""
     study = made.study(arms="none dae-gan:3")
     one = made.cohort(study)
@@ -466,12 +509,25 @@ def test_a_repeat_that_lacks_folds_weighs_as_much_as_it_tests(tmp_path: Path) ->
     made.write(tmp_path, study, one, scores, skip=lambda task: task.repeat == 1 and task.fold > 0)
     evaluator = Evaluator(collect(tmp_path))
     row = evaluator.row(("resnet50", "none", 0.0))
-    whole, part = len(one.ids), int(one.split[1, 0][2].sum())
-    assert row.figures["accuracy"].value == pytest.approx(whole / (whole + part), abs=1e-12)
-    # Each draw: right images of repeat 0 are all; those of repeat 1 are none, so the same share in every draw.
-    assert row.drawn["accuracy"][:5] == pytest.approx([whole / (whole + part)] * 5, abs=1e-12)
+    part = one.split[1, 0][2]
+    owner = np.unique(one.patient, return_inverse=True)[1]
+    for metric, counted in (
+        ("accuracy", one.label >= 0),
+        ("sensitivity", one.label == 1),
+        ("specificity", one.label == 0),
+    ):
+        expected = counted.sum() / (counted.sum() + (counted & part).sum())
+        assert row.figures[metric].value == pytest.approx(expected, abs=1e-12)
+        weight = evaluator.weights[:5][:, owner]  # of each image in each resample
+        drawn = weight[:, counted].sum(1) / (weight[:, counted].sum(1) + weight[:, counted & part].sum(1))
+        assert row.pooled is not None
+        assert row.pooled.drawn[metric][:5] == pytest.approx(drawn, abs=1e-12)
+    expected = len(one.ids) / (len(one.ids) + part.sum())
+    assert row.figures["auc"].value == pytest.approx(expected, abs=1e-12)
     page = visible_text(aggregate(tmp_path).page.read_text())
-    assert "a repeat that lacks folds weighs as much as it tests" in page
+    assert (
+        "a repeat with missing folds is weighted by its number of test images, for sensitivity by the positive" in page
+    )
 
 
 def test_a_curve_begins_at_the_arm_without_synthetic_images(tmp_path: Path) -> None:
