@@ -1,10 +1,10 @@
 """Comparisons of arms: what the difference is, what chance alone would give, which one was declared beforehand.
 
-Every arm is compared with `none` and with `affine` on the folds that both have. The printed interval is the wider of
-two: the patient bootstrap captures patient sampling but not training variability; the corrected t captures both, but
-poorly with few folds. The p value that decides is the corrected t. It tests the mean of
-the folds' own differences, which is not the pooled difference: folds weigh alike, one without a class is left out, and
-an AUC ranks the images of one fold only.
+Every arm is compared with `none` and with `affine` on the folds that both have, synthetic ones also with `repeat-real`.
+The printed interval is the wider of two: the patient bootstrap captures patient sampling but not training variability;
+the corrected t captures both, but poorly with few folds. The p value that decides is the corrected t. It tests the mean
+of the folds' own differences, which is not the pooled difference: folds weigh alike, one without a class is left out,
+and an AUC ranks the images of one fold only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cmrhpc.names import METRICS
 from cmrhpc.report.collect import Cell, Key
 from cmrhpc.report.evaluate import Cells, Evaluator, PerPatient, Row, per_patient, rests_on
 from cmrhpc.seeds import derive_seed
-from cmrhpc.study import arm_parts, cell_of
+from cmrhpc.study import Study, arm_parts, cell_of
 
 BASELINES = ("none", "affine")
 LEVEL = 0.05
@@ -86,15 +86,14 @@ class BestRatio:
 
 
 def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
-    """Every arm against none and against affine, for every metric; Holm within a classifier and metric."""
+    """Every arm against each of its baselines, for every metric; Holm within a classifier and metric."""
     study = evaluator.collection.study
     primary = primary_key(evaluator)
     found: list[Comparison] = []
     for key in rows:
-        for versus in BASELINES:
-            base = (key[0], versus, 0.0)
-            if base in rows and key != base and key[1] != "none":
-                declared = study.primary.metric if primary == (key, versus) else ""
+        for base in _baselines(key, study):
+            if base in rows:
+                declared = study.primary.metric if primary == (key, base[1]) else ""
                 cells = evaluator.collection.cells
                 found += _compare(evaluator, rows[key], cells.get(key, {}), rows[base], cells.get(base, {}), declared)
 
@@ -104,6 +103,18 @@ def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
         members = [i for i, c in enumerate(found) if (c.key[0], c.metric) == family and not c.primary]
         corrected |= dict(zip(members, statistics.holm([found[i].p_corrected_t for i in members]), strict=True))
     return [replace(c, p_holm=float(corrected.get(i, np.nan))) for i, c in enumerate(found)]
+
+
+def _baselines(key: Key, study: Study) -> list[Key]:
+    """What an arm is compared with: none, affine, and a synthetic one with as many real images repeated."""
+    classifier, arm, ratio = key
+    if arm == "none":
+        return []
+    found = [(classifier, name, 0.0) for name in BASELINES if name != arm]
+    parts = arm_parts(arm, study)
+    if parts.generator:
+        found.append((classifier, "repeat-real+affine" if parts.affine else "repeat-real", ratio))
+    return found
 
 
 def primary_key(evaluator: Evaluator) -> tuple[Key, str]:
