@@ -112,27 +112,3 @@ def feature_distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.mean([(k.sum() - np.trace(k)) / (n * (n - 1)) for k in kernels]))
 
     return within(a) + within(b) - 2 * float(kernel(np.concatenate(a), np.concatenate(b)).mean())
-
-
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Kernel distance of images a (M, C, H, W) and b (N, C, H, W) in [-1, 1]; smaller is nearer. See `features`."""
-    if np.shape(a)[1:] != np.shape(b)[1:]:
-        what = f"images of shapes {np.shape(a)[1:]} and {np.shape(b)[1:]} cannot be compared"
-        raise BadInput(what, "kernel distance", "compare images of one size and channel count")
-    return feature_distance(features(a), features(b))
-
-
-def real_floor(images: np.ndarray, patient: np.ndarray | None = None, seed: int = 0, splits: int = 20) -> float:
-    """Mean kernel distance of real images (N, C, H, W) to real ones, over random halves; halves of patients if given.
-
-    patient (N,) keeps images of one patient on one side, as between training and held-out images. NaN when a side
-    would hold fewer than two images in every split.
-    """
-    found = features(images)
-    owner = np.arange(len(images)) if patient is None else np.unique(np.asarray(patient), return_inverse=True)[1]
-    count, rng, distances = int(owner.max()) + 1, np.random.default_rng(seed), []
-    for _ in range(splits):
-        left = np.isin(owner, rng.permutation(count)[: count // 2])
-        if min(left.sum(), (~left).sum()) >= 2:
-            distances.append(feature_distance(found[left], found[~left]))
-    return float(np.mean(distances)) if distances else float("nan")

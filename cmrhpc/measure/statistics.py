@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 2000  # bootstrap resamples; the Monte Carlo error of a 95 % limit is then about 0.05 standard errors
-LEVEL = 0.95
+TAIL = 0.025  # on each side of a 95 % interval
 
 
 # ---------------------------------------------------------------------------------------------- bootstrap
@@ -25,7 +25,7 @@ def patient_weights(n_patients: int, seed: int, draws: int = DRAWS) -> np.ndarra
     return rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=draws).astype(float)
 
 
-def interval(drawn: np.ndarray, n_patients: int, level: float = LEVEL) -> tuple[float, float]:
+def interval(drawn: np.ndarray, n_patients: int) -> tuple[float, float]:
     """Expanded percentile interval of bootstrap values (draws,), undefined draws left out; (nan, nan) if none is left.
 
     n_patients: patients that the value rests on. The plain percentile interval is too narrow for few patients by the
@@ -37,7 +37,7 @@ def interval(drawn: np.ndarray, n_patients: int, level: float = LEVEL) -> tuple[
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) == 0 or n_patients < 2:
         return float("nan"), float("nan")
-    tail = stats.norm.cdf(np.sqrt(n_patients / (n_patients - 1)) * stats.t.ppf((1 - level) / 2, n_patients - 1))
+    tail = stats.norm.cdf(np.sqrt(n_patients / (n_patients - 1)) * stats.t.ppf(TAIL, n_patients - 1))
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -47,15 +47,14 @@ def blind(low: float, high: float) -> bool:
     return abs(high - low) < 1e-12
 
 
-def exact_limits(right: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+def exact_limits(right: float, n: int) -> tuple[float, float]:
     """Clopper-Pearson interval of a share of n patients, of whom a mean over images or repeats has `right` right."""
     from scipy import stats
 
     if n < 1:
         return float("nan"), float("nan")
-    tail = (1 - level) / 2
-    low = 0.0 if right == 0 else float(stats.beta.ppf(tail, right, n - right + 1))
-    high = 1.0 if right == n else float(stats.beta.ppf(1 - tail, right + 1, n - right))
+    low = 0.0 if right == 0 else float(stats.beta.ppf(TAIL, right, n - right + 1))
+    high = 1.0 if right == n else float(stats.beta.ppf(1 - TAIL, right + 1, n - right))
     return low, high
 
 
@@ -75,7 +74,7 @@ class TTest:
     high: float
 
 
-def corrected_t(differences: Sequence[float] | np.ndarray, test_to_train: float, level: float = LEVEL) -> TTest:
+def corrected_t(differences: Sequence[float] | np.ndarray, test_to_train: float) -> TTest:
     """Nadeau-Bengio corrected resampled t test over J = folds x repeats differences (two-sided).
 
     Variance of the mean = s^2 (1/J + n_test/n_train), df = J - 1 (Nadeau and Bengio, Machine Learning 52, 2003,
@@ -95,7 +94,7 @@ def corrected_t(differences: Sequence[float] | np.ndarray, test_to_train: float,
         return TTest(mean, 0.0, 0.0 if none else nan, df, 1.0 if none else nan, nan, nan)
     error = float(np.sqrt(variance * (1 / count + test_to_train)))
     t = mean / error
-    reach = float(stats.t.ppf((1 + level) / 2, df)) * error
+    reach = float(stats.t.ppf(1 - TAIL, df)) * error
     return TTest(mean, error, t, df, float(2 * stats.t.sf(abs(t), df)), mean - reach, mean + reach)
 
 

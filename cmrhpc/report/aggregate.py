@@ -23,29 +23,21 @@ _FIGURE = re.compile(rf"(samples|training)_.*|{_METRIC}|(ratio_curve|folds)(_({_
 
 @dataclass(frozen=True)
 class AggregateResult:
-    """What was written and what a caller decides an exit code by."""
+    """What was found and written."""
 
     folder: Path  # the report folder
-    page: Path
-    text: str  # aligned table, question and answer, for a terminal
-    n_expected: int
-    n_missing: int  # cells that are not computed or whose shard was refused
-    missing: dict[str, str]  # path of the shard -> why
-    refused: dict[str, str]  # files that are there and not used -> why
-    leaks: list[str]
     result: Result
     files: tuple[str, ...]  # what was written, from the report folder
 
 
-def aggregate(folder: Path, out: Path | None = None, begin: Callable[[], None] = lambda: None) -> AggregateResult:
-    """Make the report of a workspace, or of a copied predictions folder alone, in `out` (default: FOLDER/report).
+def aggregate(folder: Path, begin: Callable[[], None] = lambda: None) -> AggregateResult:
+    """Make the report of a workspace, or of a copied predictions folder alone, in FOLDER/report.
 
     begin: called before the first file is written.
     Missing cells are shown as missing and raise nothing. Raises BadInput when there is no usable prediction at all,
     when two cohorts are mixed, or when the folder cannot be written.
     """
-    folder = Path(folder)
-    out = Path(out) if out else folder / "report"
+    out = Path(folder) / "report"
     result = evaluate(collect(folder))
     gallery = make_gallery(result.collection)
     drawn = figures.all_figures(result)
@@ -61,7 +53,7 @@ def aggregate(folder: Path, out: Path | None = None, begin: Callable[[], None] =
         "classes.csv": csvfiles.classes_csv(result),
         "table.md": tables.table_md(result),
         "table.tex": tables.table_tex(result),
-        SUMMARY: (text := tables.summary_text(result, gallery.warned)) + "\n",
+        SUMMARY: tables.summary_text(result, gallery.warned) + "\n",
     }
     if len(result.collection.study.classes) == 2:
         del written["classes.csv"]
@@ -80,19 +72,7 @@ def aggregate(folder: Path, out: Path | None = None, begin: Callable[[], None] =
     for name, data in written.items():
         # A file name that is no text reaches the lists of refused files; it must not stop the report.
         files.atomic_write(out / name, data.encode("utf-8", "replace") if isinstance(data, str) else data)
-    collection = result.collection
-    return AggregateResult(
-        out,
-        out / "index.html",
-        text,
-        result.n_expected,
-        result.n_missing,
-        collection.missing,
-        collection.refused,
-        collection.leaks,
-        result,
-        tuple(written),
-    )
+    return AggregateResult(out, result, tuple(written))
 
 
 def terminal_table(folder: Path) -> str:

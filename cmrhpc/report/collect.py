@@ -51,7 +51,7 @@ class Normalised:
     classes: dict[str, dict[str, int]] = field(default_factory=dict)  # images per kind; untold by older cohorts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One classify task whose shard was accepted."""
 
@@ -441,12 +441,12 @@ def _cell(task: Task, one: _Found, table: ImageTable, shared: dict[tuple[int, in
         label, score = np.zeros(0, np.int64), np.zeros((0, k))  # nothing to choose a ratio by
     best = one.shard.attributes.get("best_step", -1)
     return Cell(
-        task,
-        one.shard,
-        shared[key],
-        data["score"].astype(float),
-        len(np.unique(data["train_id"])),
-        label,
-        score,
-        best if isinstance(best, int) else -1,
+        task=task,
+        shard=one.shard,
+        images=shared[key],
+        score=data["score"].astype(float),
+        n_train=len(np.unique(data["train_id"])),
+        validation_label=label,
+        validation_score=score,
+        best_step=best if isinstance(best, int) else -1,
     )

@@ -10,6 +10,7 @@ and an AUC ranks the images of one fold only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ BASELINES = ("none", "affine")
 LEVEL = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """metric(arm) - metric(versus) on the common folds, as a fraction; NaN where it cannot be computed."""
 
@@ -44,8 +45,8 @@ class Comparison:
     n_patients: int
     only_arm_right: int  # patients (McNemar)
     only_versus_right: int
-    mean_fold_difference: float = float("nan")  # what p_corrected_t tests
-    n_tested: int = 0  # cells whose difference is defined, of which that is the mean
+    mean_fold_difference: float  # what p_corrected_t tests
+    n_tested: int  # cells whose difference is defined, of which that is the mean
 
     @property
     def deciding_p(self) -> float:
@@ -75,7 +76,7 @@ class Comparison:
         return bool(against != self.excludes_zero or opposite)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BestRatio:
     """Per fold and repeat the ratio with the best validation result; measured on the test images of that fold."""
 
@@ -141,8 +142,20 @@ def _compare(
     left_out = one.n_expected - len(a)
     nan = float("nan")
     if not a:
+        numbers = (
+            "difference",
+            "low",
+            "high",
+            "p_corrected_t",
+            "p_mcnemar",
+            "p_delong",
+            "p_holm",
+            "mean_fold_difference",
+        )
+        counts = ("n_common", "n_patients", "only_arm_right", "only_versus_right", "n_tested")
+        empty: dict[str, Any] = dict.fromkeys(numbers, nan) | dict.fromkeys(counts, 0)
         return [
-            Comparison(key, versus, m, nan, nan, nan, nan, nan, nan, nan, m == declared, 0, left_out, 0, 0, 0)
+            Comparison(key=key, versus=versus, metric=m, primary=m == declared, n_left_out=left_out, **empty)
             for m in METRICS
         ]
     whole_a, whole_b = len(a) == len(one_cells), len(b) == len(base_cells)
@@ -173,24 +186,24 @@ def _compare(
         p, only_a, only_b = _patient_test(metric, units_a, units_b, classes, seed)
         found.append(
             Comparison(
-                key,
-                versus,
-                metric,
-                difference,
-                low,
-                high,
-                test.p if defined else nan,
-                p if defined else nan,
-                delong if defined and metric == "auc" else nan,
-                nan,
-                metric == declared,
-                len(a),
-                left_out,
-                len(np.unique(units_a.patient)),
-                only_a,
-                only_b,
-                test.mean,
-                int(np.isfinite(by_fold).sum()),
+                key=key,
+                versus=versus,
+                metric=metric,
+                difference=difference,
+                low=low,
+                high=high,
+                p_corrected_t=test.p if defined else nan,
+                p_mcnemar=p if defined else nan,
+                p_delong=delong if defined and metric == "auc" else nan,
+                p_holm=nan,
+                primary=metric == declared,
+                n_common=len(a),
+                n_left_out=left_out,
+                n_patients=len(np.unique(units_a.patient)),
+                only_arm_right=only_a,
+                only_versus_right=only_b,
+                mean_fold_difference=test.mean,
+                n_tested=int(np.isfinite(by_fold).sum()),
             )
         )
     return found
@@ -262,7 +275,7 @@ def best_ratios(evaluator: Evaluator, rows: dict[Key, Row]) -> list[BestRatio]:
             compared = _compare(evaluator, row, cells, rows[base], collection.cells.get(base, {}), "")
             versus = next(c for c in compared if c.metric == metric)
             chosen = {r: sum(b == r for b in best.values()) for r in columns}
-            found.append(BestRatio(chosen, "" if cells else _why_none(columns), row, versus))
+            found.append(BestRatio(chosen=chosen, reason="" if cells else _why_none(columns), row=row, versus=versus))
     return found
 
 

@@ -36,7 +36,7 @@ MAX_PLACES = 5  # of one warning that are named
 MAX_DRAWS = 8  # times that real images are put into other orientations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distance:
     """Kernel distances to the held-out real images of a class and fold; NaN where there is no such set of images."""
 

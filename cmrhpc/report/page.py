@@ -100,7 +100,7 @@ def render(result: Result, gallery: Gallery, drawn: dict[str, bytes]) -> str:
         intervals=tables.INTERVALS,
         comparisons_note=tables.comparisons_note(result),
         leaks_told=leaks_in_words(collection),
-        main_header=tables.main_header(result)[1:],
+        main_header=tables.main_header()[1:],
         comparison_header=tables.comparison_header(),
         short_header=_without_metric([tables.comparison_header()])[0],
         short_comparisons=_without_metric(tables.comparison_lines(result, study.primary.metric)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cmrhpc.data.table import normalised_apart
 from cmrhpc.report.collect import Collection, Key
@@ -22,7 +22,7 @@ METRIC_NAMES = {
 FEW_PATIENTS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What one aggregation found."""
 
@@ -34,7 +34,7 @@ class Result:
     question: str
     answer: str
     patients_line: str
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def n_expected(self) -> int:
@@ -53,15 +53,15 @@ def evaluate(collection: Collection) -> Result:
     primary = next(c for c in comparisons if c.primary)
     question, answer = answer_in_words(collection, primary, primary_key(evaluator))
     return Result(
-        collection,
-        rows,
-        comparisons,
-        best_ratios(evaluator, rows),
-        primary,
-        question,
-        answer,
-        patients_in_words(collection),
-        warnings_of(collection),
+        collection=collection,
+        rows=rows,
+        comparisons=comparisons,
+        best=best_ratios(evaluator, rows),
+        primary=primary,
+        question=question,
+        answer=answer,
+        patients_line=patients_in_words(collection),
+        warnings=warnings_of(collection),
     )
 
 

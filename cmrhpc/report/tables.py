@@ -49,10 +49,12 @@ COMPARISONS = (
 def comparisons_note(result: Result) -> str:
     """How the comparisons are to be read, and which of them was declared beforehand."""
     declared = "was declared before the study ran" if result.collection.declared_before else "stands alone"
+    repeated = any(c.versus.startswith("repeat-real") for c in result.comparisons)
+    control = "Synthetic images are compared with repeat-real too, at the same ratio. " if repeated else ""
     return (
-        f"{COMPARISONS}One comparison, the primary, {declared}; all others are exploratory, Holm-corrected within a "
-        "classifier and metric. Interval and p are not corrected, so an interval without 0 may stand beside the "
-        "reading that an exploratory difference is not distinguishable from no effect."
+        f"{COMPARISONS}{control}One comparison, the primary, {declared}; all others are exploratory, Holm-corrected "
+        "within a classifier and metric. Interval and p are not corrected, so an interval without 0 may stand beside "
+        "the reading that an exploratory difference is not distinguishable from no effect."
     )
 
 
@@ -63,12 +65,12 @@ def _published(result: Result, key: Key) -> Published | None:
     return published(key, len(result.collection.study.classes))
 
 
-def main_header(result: Result) -> list[str]:
+def main_header() -> list[str]:
     units = [f"{METRIC_NAMES[m]}{'' if m == 'auc' else ' %'}" for m in METRICS]
     return ["classifier", "arm", "ratio", *units, "published acc / sens / spec %", "folds x repeats", "missing"]
 
 
-def main_lines(result: Result, dash: str = "–") -> list[list[str]]:
+def main_lines(result: Result) -> list[list[str]]:
     """The main table as text, in the order of `main_header`."""
     lines = []
     for key, row in result.rows.items():
@@ -78,7 +80,7 @@ def main_lines(result: Result, dash: str = "–") -> list[list[str]]:
                 key[0],
                 key[1],
                 f"{key[2]:g}",
-                *(figure_text(m, row.figures[m], dash) for m in METRICS),
+                *(figure_text(m, row.figures[m]) for m in METRICS),
                 told.text() if told else NONE,
                 f"{row.n_folds} x {row.n_repeats}",
                 str(row.n_missing),
@@ -184,7 +186,7 @@ def table_md(result: Result) -> str:
     parts = [f"# {markdown_text(study.name)}", "", f"{markdown_text(result.question)}", ""]
     parts += [f"**{markdown_text(result.answer)}**", "", f"On {markdown_text(result.patients_line)}.", ""]
     parts += [f"> {markdown_text(warning)}\n" for warning in result.warnings]
-    parts += _markdown_table(main_header(result), main_lines(result))
+    parts += _markdown_table(main_header(), main_lines(result))
     parts += ["", markdown_text(INTERVALS), ""]
     if any(_published(result, key) for key in result.rows):
         parts += [markdown_text(WARNING), ""]

@@ -7,7 +7,8 @@ from pathlib import Path
 from cmrhpc import seal
 from cmrhpc.errors import CmrhpcError, Damage, Incomplete
 from cmrhpc.planning import REPORT
-from cmrhpc.report.aggregate import AggregateResult, aggregate
+from cmrhpc.report.aggregate import aggregate
+from cmrhpc.report.result import Result
 from cmrhpc.validity import Judge, report_sources
 from cmrhpc.workspace import Workspace, entry_of
 
@@ -21,9 +22,9 @@ def run_aggregate(workspace: Workspace) -> str:
     return f"report of {result.n_expected} predictions: report/index.html"
 
 
-def fault(result: AggregateResult, root: Path) -> CmrhpcError | None:
+def fault(result: Result, root: Path) -> CmrhpcError | None:
     """What whoever makes a report ends with: leaks, else missing predictions, else nothing."""
-    return _fault(_counts(result), root, *result.leaks[:1])
+    return _fault(_counts(result), root, *result.collection.leaks[:1])
 
 
 def fault_of_the_last(workspace: Workspace) -> CmrhpcError | None:
@@ -32,8 +33,8 @@ def fault_of_the_last(workspace: Workspace) -> CmrhpcError | None:
     return _fault(told.counts, workspace.root) if told else None
 
 
-def _counts(result: AggregateResult) -> seal.Counts:
-    return seal.Counts(len(result.leaks), result.n_missing, result.n_expected)
+def _counts(result: Result) -> seal.Counts:
+    return seal.Counts(len(result.collection.leaks), result.n_missing, result.n_expected)
 
 
 def _fault(counts: seal.Counts, root: Path, first_leak: str = "") -> CmrhpcError | None:
@@ -46,19 +47,19 @@ def _fault(counts: seal.Counts, root: Path, first_leak: str = "") -> CmrhpcError
     return None
 
 
-def aggregate_folder(root: Path) -> AggregateResult:
+def aggregate_folder(root: Path) -> Result:
     """Aggregate a workspace, or a folder that holds only predictions; in a workspace remember the sources.
 
     Raises Incomplete for a workspace in which no prediction is computed yet.
     """
     if not (Path(root) / "study.toml").is_file():
-        return aggregate(Path(root))
+        return aggregate(Path(root)).result
     workspace = Workspace(root)
     if not any(name.startswith("predictions/") for name in workspace.listing()):
         raise Incomplete("there are no predictions yet", str(root), "`cmrhpc run` (or submit) makes them")
     path = workspace.path(REPORT)
-    result = aggregate(workspace.root, begin=lambda: seal.begin(path))
-    cells = (cell for row in result.result.collection.cells.values() for cell in row.values())
+    made = aggregate(workspace.root, begin=lambda: seal.begin(path))
+    cells = (cell for row in made.result.collection.cells.values() for cell in row.values())
     judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
-    seal.write(path, report_sources(judge), result.files, _counts(result))
-    return result
+    seal.write(path, report_sources(judge), made.files, _counts(made.result))
+    return made.result

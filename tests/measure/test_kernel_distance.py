@@ -24,6 +24,10 @@ def rings(n: int, seed: int, size: int = 40, channels: int = 1) -> np.ndarray:
     return np.repeat(np.array(images, np.float32)[:, None], channels, axis=1)
 
 
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return kd.feature_distance(kd.features(a), kd.features(b))
+
+
 def slow_features(image: np.ndarray) -> np.ndarray:
     """One image (C, H, W), loops over every window, float64."""
     first, second = (f.astype(float) for f in kd._filters(len(image)))
@@ -83,44 +87,21 @@ def test_first_filters_see_brightness_and_detail() -> None:
 
 
 def test_distance_is_about_zero_within_one_kind_and_the_same_every_time() -> None:
-    distances = [kd.kernel_distance(rings(30, 2 * i), rings(30, 2 * i + 1)) for i in range(12)]
-    far = kd.kernel_distance(np.zeros((30, 1, 40, 40)), rings(30, 1))
+    distances = [distance(rings(30, 2 * i), rings(30, 2 * i + 1)) for i in range(12)]
+    far = distance(np.zeros((30, 1, 40, 40)), rings(30, 1))
     assert abs(np.mean(distances)) < 0.01 * far
     assert min(distances) < 0 < max(distances)
-    assert kd.kernel_distance(rings(30, 0), rings(30, 1)) == distances[0]
+    assert distance(rings(30, 0), rings(30, 1)) == distances[0]
 
 
 def test_distance_orders_blur_noise_and_grey() -> None:
     real, held_out = rings(40, 0), rings(40, 1)
     blurred = [ndimage.gaussian_filter(real, (0, 0, s, s)) for s in (1, 2, 4)]
     noise = np.random.default_rng(0).uniform(-1, 1, real.shape)
-    order = [kd.kernel_distance(x, held_out) for x in (real, *blurred)]
+    order = [distance(x, held_out) for x in (real, *blurred)]
     assert order == sorted(order)
-    assert kd.kernel_distance(noise, held_out) > order[-1]
-    assert kd.kernel_distance(0 * real, held_out) > 5 * order[1]
-
-
-def test_the_floor_is_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides: list[tuple[int, int]] = []
-
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
-        sides.append((len(a), len(b)))
-        return 0.0
-
-    monkeypatch.setattr(kd, "feature_distance", distance)
-    kd.real_floor(np.zeros((11, 1, 16, 16), np.float32))
-    assert set(sides) == {(5, 6)}
-
-
-def test_floor_of_patients_is_above_the_floor_of_images() -> None:
-    """Images of one patient are alike, so halves of patients differ more than halves of images."""
-    rng = np.random.default_rng(0)
-    patient = np.repeat(np.arange(8), 6)
-    images = np.clip(rings(48, 3) + rng.normal(0, 0.2, 8)[patient][:, None, None, None], -1, 1)
-    by_patient, by_image = kd.real_floor(images, patient), kd.real_floor(images)
-    assert by_patient > 4 * abs(by_image)
-    assert kd.real_floor(images, patient) == by_patient
-    assert np.isnan(kd.real_floor(images[:2]))
+    assert distance(noise, held_out) > order[-1]
+    assert distance(0 * real, held_out) > 5 * order[1]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +113,13 @@ def test_images_of_no_use_are_bad_input(images: np.ndarray) -> None:
         kd.features(images)
 
 
-def test_images_of_two_sizes_are_bad_input() -> None:
-    with pytest.raises(BadInput, match="cannot be compared"):
-        kd.kernel_distance(np.zeros((3, 1, 40, 40)), np.zeros((3, 1, 80, 80)))
+def test_every_orientation_comes_up_and_draws_of_one_image_never_meet() -> None:
+    image = np.arange(16.0).reshape(1, 1, 4, 4)
+    found = kd.turned(np.repeat(image, 200, axis=0), np.random.default_rng(0))
+    expected = [np.rot90(side, turns) for side in (image[0, 0], image[0, 0].T) for turns in range(4)]
+    assert {x.tobytes() for x in found[:, 0]} == {x.tobytes() for x in expected}
+    # Two draws of three images each: pairs of one side are taken within a draw.
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 3, 7)), rng.normal(size=(4, 7))
+    apart = [kd.feature_distance(draw, b) for draw in a]
+    assert kd.feature_distance(a, b) == pytest.approx(np.mean(apart), abs=1e-12)

@@ -272,11 +272,11 @@ def test_a_generator_trained_on_test_patients_is_found_where_its_shard_is_at_han
     result = aggregate(tmp_path)
     patient = one.patient[np.flatnonzero(one.split[1, 2][2])[0]]
     part = "the training of a generator or refiner"
-    assert result.leaks == [
+    assert result.result.collection.leaks == [
         f"repeat 1 fold 2: 1 test image in {part} (2 shards)",
         f"repeat 1 fold 2: 1 test patient in {part}: {patient} (2 shards)",
     ]
-    assert "No leak found" not in result.page.read_text()
+    assert "No leak found" not in (result.folder / "index.html").read_text()
 
 
 def test_the_page_says_which_generators_were_looked_at(tmp_path: Path) -> None:
@@ -287,16 +287,16 @@ def test_the_page_says_which_generators_were_looked_at(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text(text)
     write_made(tmp_path, study, one, inputs, leaking=None)
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}), inputs=inputs)
-    page = aggregate(tmp_path).page.read_text()
+    page = (aggregate(tmp_path).folder / "index.html").read_text()
     assert "No leak found." in page
     assert "Copies of real images among the made ones were not looked for here: cmrhpc verify does that." in page
     assert "So were those of the 12 synthetic or refined shards from which these predictions were made." in page
-    alone = aggregate(tmp_path / "predictions", tmp_path / "alone").page.read_text()
+    alone = (aggregate(tmp_path / "predictions").folder / "index.html").read_text()
     assert "So were those of the 12" in alone  # the folder lies in its workspace
     shutil.copytree(tmp_path / "predictions", tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards.time, "sleep", lambda seconds: pytest.fail("waits for shards that are not at hand"))
-        copied = aggregate(tmp_path / "copy").page.read_text()
+        copied = (aggregate(tmp_path / "copy").folder / "index.html").read_text()
     assert "No leak found in the predictions." in copied
     assert "not checked here for 12 synthetic or refined shards not at hand: run cmrhpc verify" in copied
 
@@ -308,7 +308,7 @@ def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_decla
     one = made.cohort(study)
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
     declared = "Declared before the study ran"
-    assert declared in aggregate(tmp_path).page.read_text()
+    assert declared in (aggregate(tmp_path).folder / "index.html").read_text()
     changed = text.replace("ratio = 3\n", 'ratio = 1\nmetric = "auc"\n')
     now = parse_study(changed)
     if alone:  # no study.toml: the newest shard tells the study
@@ -326,7 +326,7 @@ def test_a_primary_changed_after_predictions_were_made_is_no_longer_called_decla
         for warning in result.result.warnings
     )
     assert "AUC of resnet50" in result.result.question
-    for text in (result.page.read_text(), (tmp_path / "report" / "table.md").read_text()):
+    for text in ((result.folder / "index.html").read_text(), (tmp_path / "report" / "table.md").read_text()):
         assert declared not in text
         assert "the primary, was declared" not in text
         assert "was not declared before the study ran" in text
@@ -341,10 +341,11 @@ def test_arms_that_started_from_different_weights_are_not_compared(tmp_path: Pat
         info = {"study": canonical(study.to_json()), "written": f"20{25 + (not old)}-01-01T00:00:00Z"}
         made.write_one(tmp_path, study, task, made.datasets(one, task, scores), inputs=weights, info=info)
     result = aggregate(tmp_path)
-    assert set(result.missing.values()) == {"it was trained from other start weights"}
+    missing = result.result.collection.missing
+    assert set(missing.values()) == {"it was trained from other start weights"}
     stale = [t.output for t in planning.tasks(study, "classify") if (t.arm, t.classifier) == ("none", "resnet50")]
-    assert sorted(result.missing) == sorted(stale)
-    page = result.page.read_text()
+    assert sorted(missing) == sorted(stale)
+    page = (result.folder / "index.html").read_text()
     assert f"<dt>start weights of resnet50</dt><dd>{'e' * 64}</dd>" in page
     assert "start weights of xception" not in page
 

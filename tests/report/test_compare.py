@@ -225,6 +225,8 @@ def test_synthetic_images_are_compared_with_as_many_real_ones_repeated(tmp_path:
     (primary,) = (c for c in found if c.primary)
     assert (primary.key[1], primary.versus) == ("dae-gan", "none")
     assert primary.difference > 0.2
+    words = "Synthetic images are compared with repeat-real too, at the same ratio."
+    assert words in table_md(evaluate(collect(tmp_path)))
     # One Holm family over all but the primary.
     exploratory = [c for c in found if not c.primary]
     adjusted = statistics.holm([c.p_corrected_t for c in exploratory])
@@ -408,7 +410,7 @@ def test_the_primary_metric_is_drawn_as_well_as_accuracy(tmp_path: Path) -> None
     study = made.study(primary='arm = "dae-gan"\nratio = 3\nmetric = "specificity"', k=5)
     one = made.cohort(study, patients=(3, 12))
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
-    page = aggregate(tmp_path).page.read_text()
+    page = (aggregate(tmp_path).folder / "index.html").read_text()
     names = {path.name for path in (tmp_path / "report" / "figures").glob("*.png")}
     for kind in ("ratio_curve", "folds"):
         assert {f"{kind}.png", f"{kind}_specificity.png"} <= names
@@ -452,9 +454,17 @@ def simulated(seed: int, effect: float) -> Collection:
                 margin = BASE + a * effect + went + hard[patient] + suits[a, patient] + image + noise
                 p = 1 / (1 + np.exp(-(margin * sign)[rows]))
                 task = planning.Task("classify", repeat, fold, arm=arm, ratio=3.0 * a, classifier="resnet50")
-                nothing = (np.zeros(0, np.int64), np.zeros((0, 2)))
                 n_train = round(0.8 * (160 - len(rows)))  # a fifth is for validation
-                cell = Cell(task, None, images, np.c_[1 - p, p], n_train, *nothing, 0)  # type: ignore[arg-type]
+                cell = Cell(
+                    task=task,
+                    shard=None,  # type: ignore[arg-type]
+                    images=images,
+                    score=np.c_[1 - p, p],
+                    n_train=n_train,
+                    validation_label=np.zeros(0, np.int64),
+                    validation_score=np.zeros((0, 2)),
+                    best_step=0,
+                )
                 cells.setdefault(("resnet50", arm, 3.0 * a), {})[repeat, fold] = cell
     names = [f"p{i}" for i in range(40)]
     ids = np.array([f"r{i}".encode() for i in range(160)])

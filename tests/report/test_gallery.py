@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,20 +217,22 @@ def test_only_what_is_trained_on_expanded_images_is_compared_with_turned_ones() 
 
 
 def test_no_figure_of_an_earlier_report_stays(workspace: Path, tmp_path: Path) -> None:
-    figures = tmp_path / "out/figures"
+    root = tmp_path / "ws"
+    shutil.copytree(workspace, root, ignore=shutil.ignore_patterns("report"))
+    figures = root / "report/figures"
     figures.mkdir(parents=True)
     old = ("specificity.png", "folds_auc.png", "ratio_curve_auc.png", "samples_egan_class0.png", "training_egan.png")
     others = ("notes.txt", "mine.png", "auc_mine.png")
     for name in (*old, *others):
         (figures / name).write_text("old")
-    written = set(aggregate(workspace, tmp_path / "out").files)
+    written = set(aggregate(root).files)
     there = {path.name for path in figures.iterdir()}
     assert there == {Path(name).name for name in written if name.startswith("figures/")} | set(others)
 
 
 def test_page_shows_strips_distances_curves_and_warnings(workspace: Path) -> None:
     result = aggregate(workspace)
-    page = result.page.read_text()
+    page = (result.folder / "index.html").read_text()
     kinds = ("real", "acgan", "dae-gan", "dae-gan+simgan")
     strips = {f"samples_{kind}_class{label}.png" for kind in kinds for label in (0, 1)}
     curves = {f"training_{part}.png" for part in ("acgan_classes", "dae-gan_class0", "dae-gan+simgan_class1")}
@@ -243,7 +246,7 @@ def test_page_shows_strips_distances_curves_and_warnings(workspace: Path) -> Non
 
 def test_warnings_of_every_fold_and_repeat_are_told(workspace: Path) -> None:
     """Of 6 folds x repeats class 0 warned everywhere, acgan in one place that no curve on the page is of."""
-    page = visible_text(aggregate(workspace).page.read_text())
+    page = visible_text((aggregate(workspace).folder / "index.html").read_text())
     told = "13 of 30 trainings of generators and refiners warned"
     assert f"{told}: see Warnings while training ." in page
     assert f"! {told}: see Warnings while training on the page" in terminal_table(workspace)

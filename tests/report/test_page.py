@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -148,13 +149,13 @@ def test_names_and_ids_are_never_html(tmp_path: Path) -> None:
     train[np.flatnonzero(test)[:1]] = True  # a leak, so that the page prints a patient id
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}), skip=lambda t: t.fold == 2)
     result = aggregate(tmp_path)
-    page = result.page.read_text()
+    page = (result.folder / "index.html").read_text()
     parser = parsed(page)
     assert (parser.open, parser.wrong) == ([], [])
     assert not {"script", "b1"} & {tag for tag, _ in parser.seen}
     assert not any("onerror" in attributes for _, attributes in parser.seen)
     assert "&lt;b&gt;p0" in page
-    assert result.leaks
+    assert result.result.collection.leaks
     assert "Leak: test patients" in page
     markdown = (tmp_path / "report" / "table.md").read_text()
     assert "<img" not in markdown
@@ -169,9 +170,9 @@ def test_a_study_split_by_image_is_called_leaking(tmp_path: Path) -> None:
     one.patient[np.flatnonzero(train)[0]] = one.patient[near_copy]  # one patient on both sides
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
     result = aggregate(tmp_path)
-    text = visible_text(result.page.read_text())
+    text = visible_text((result.folder / "index.html").read_text())
     assert text.count("Leaking by design") == 2
-    assert result.leaks == []
+    assert result.result.collection.leaks == []
     assert "No test image in training" in text
     markdown = (tmp_path / "report" / "table.md").read_text()
     for words in ("Best ratio, chosen on validation images", "ratio chosen on validation images"):
@@ -186,7 +187,7 @@ def test_a_split_by_image_of_one_image_per_patient_leaks_nothing(tmp_path: Path)
     study = made.study(arms="none dae-gan:3", group_by="image")
     one = made.cohort(study, images=1)
     made.write(tmp_path, study, one, made.noisy_scores(one.label, 2, {}))
-    assert "Leaking" not in aggregate(tmp_path).page.read_text()
+    assert "Leaking" not in (aggregate(tmp_path).folder / "index.html").read_text()
 
 
 def test_the_page_tells_how_images_were_normalised_and_when_that_tells_the_class(tmp_path: Path) -> None:
@@ -209,22 +210,24 @@ def test_the_page_tells_how_images_were_normalised_and_when_that_tells_the_class
             },
         )
         made.write(root, study, one, made.noisy_scores(one.label, 2, {}), inputs={"cohort.h5": content})
-        text = visible_text(aggregate(root).page.read_text())
+        text = visible_text((aggregate(root).folder / "index.html").read_text())
         assert "images normalised 9 by percentile, 15 by window; 1.23 % of the pixels clipped" in text
         assert ("a classifier can tell the class by it, so every figure" in text) == ("apart" in root.name)
 
 
 def test_the_same_predictions_give_the_same_bytes(tmp_path: Path, folder: Path) -> None:
-    again = aggregate(folder.parent, tmp_path / "again").folder
+    shutil.copytree(folder.parent / "predictions", tmp_path / "predictions")
+    again = aggregate(tmp_path).folder
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
 
 
 def test_aggregation_needs_neither_torch_nor_the_packages_of_other_stages(tmp_path: Path, folder: Path) -> None:
+    shutil.copytree(folder.parent / "predictions", tmp_path / "predictions")
     program = (
         "import sys; from pathlib import Path; from cmrhpc.report.aggregate import aggregate\n"
-        f"aggregate(Path({str(folder.parent)!r}), Path({str(tmp_path)!r}))\n"
+        f"aggregate(Path({str(tmp_path)!r}))\n"
         "print(sorted({'torch', 'SimpleITK', 'submitit', 'timm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
