@@ -140,14 +140,14 @@ class Evolution:
     def generation(self, draws: Draws, score: bool = True) -> Outcome:
         """Train D, make every parent's offspring, score them, keep the best with their own optimizer states.
 
-        score: False leaves out the scores (zeros then) where all offspring survive, so that they decide nothing.
+        score: False leaves out the scores (zeros then) of a single offspring, of which they decide nothing.
         """
         steps = len(draws.real)
         rates = [adam_rates(self.d_steps + t + 1, self.learning_rate, self.betas) for t in range(steps)]
         rates.append(adam_rates(self.step + 1, self.learning_rate, self.betas))
         self.step, self.d_steps = self.step + 1, self.d_steps + steps
         offspring = len(self.parents) * len(self.mutations)
-        score = score or offspring > self.survivors
+        score = score or offspring > 1  # where all survive, their order decides which one is the best
         if not self.recorded:
             return self._generation(draws, rates, score)
         numbers = torch.tensor(rates, dtype=self.g.vector.dtype)
@@ -178,7 +178,8 @@ class Evolution:
 
         # Score them on the same noise and the same real images, and select.
         f_q, f_d = self._score(draws, offspring, buffers) if score else [torch.zeros_like(loss_g)] * 2
-        fitness = (f_q + self.gamma * f_d).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        fitness = f_q + self.gamma * f_d if self.gamma else f_q  # not 0 * inf
+        fitness = fitness.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = torch.sort(fitness, descending=True, stable=True).indices[: self.survivors]
         self._keep(offspring[order], buffers[order], first[order], second[order])
         return Outcome(torch.stack(steps).mean(), loss_g, f_q, f_d, order)

@@ -73,8 +73,12 @@ def quality_fitness(fake_logit: Tensor) -> Tensor:
 
 
 def diversity_fitness(gradient: Tensor) -> Tensor:
-    """F_d = -log ||grad_D|| ([DAE] 8) from the whole gradient of `discriminator_loss`, as one vector (P,)."""
-    return -torch.log(torch.linalg.vector_norm(gradient))
+    """F_d = -log ||grad_D|| ([DAE] 8) from the whole gradient of `discriminator_loss`, as one vector (P,).
+
+    A gradient that vanishes or underflows counts as the smallest number of its format: F_d is never +inf.
+    """
+    norm = torch.linalg.vector_norm(gradient)
+    return -torch.log(norm.clamp(min=torch.finfo(norm.dtype).tiny))
 
 
 def r1_penalty(real_logit: Tensor, real: Tensor) -> Tensor:

@@ -292,6 +292,14 @@ def test_not_a_number_never_wins() -> None:
     assert outcome.order.tolist() == [1]
 
 
+def test_without_gamma_f_d_decides_nothing() -> None:
+    _, fast = make("residual", torch.float32, gamma=0.0)
+    f_q, f_d = torch.tensor([0.5, 0.2, 0.1]), torch.tensor([-torch.inf, 0.0, 0.0])
+    fast._score = lambda draws, offspring, buffers: (f_q, f_d)  # type: ignore
+    outcome = fast.generation(small.draws(torch.Generator().manual_seed(0), dtype=torch.float32, mixup=True, passes=1))
+    assert outcome.order.tolist() == [0]
+
+
 def test_scoring_moves_no_running_statistics() -> None:
     _, fast = make("dcgan", torch.float32)
     rng = torch.Generator().manual_seed(1)

@@ -308,6 +308,14 @@ def test_refusals() -> None:
         train(dataclasses.replace(TINY, conditional=True))
 
 
+@pytest.mark.parametrize("survivors", [3, 9])
+def test_log_steps_change_no_result_while_all_offspring_survive(survivors: int) -> None:
+    """Scores decide then, too, which parent is the best: it is averaged, and the images are its images."""
+    settings = dataclasses.replace(TINY, survivors=survivors)
+    made = [train(dataclasses.replace(settings, log_every=every)) for every in (1, 3)]
+    assert small.same(made[0].weights(), made[1].weights())
+
+
 def test_scores_that_decide_nothing_are_left_out_and_change_no_bit() -> None:
     """One mutation: all offspring survive, and the scores are for the log alone."""
     logs: dict[int, list[dict]] = {}

@@ -88,6 +88,13 @@ def test_fitness() -> None:
     assert float(losses.diversity_fitness(torch.from_numpy(g))) == pytest.approx(slow, abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_diversity_fitness_of_a_gradient_that_vanishes_is_finite_and_the_highest(dtype: torch.dtype) -> None:
+    gone = losses.diversity_fitness(torch.zeros(5, dtype=dtype))
+    assert torch.isfinite(gone)
+    assert gone > losses.diversity_fitness(torch.full((5,), 1e-15, dtype=dtype))
+
+
 def test_diversity_fitness_is_of_the_gradient_of_the_unmixed_loss() -> None:
     """F_d by finite differences of -E[log D(x)] - E[log(1 - D(G(z)))] at D's weights."""
     _, d = residual_pair(16, 1, 4, 4, torch.Generator().manual_seed(0))
