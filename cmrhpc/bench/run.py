@@ -141,6 +141,9 @@ def bench(
             told = found["gpu"]["generations_per_second"].items()
             rates = ", ".join(f"{count}: {f'{rate:.1f}' if rate else 'do not fit'}" for count, rate in told)
             say(f"GPU {found['gpu']['name']}: generations per second by number of models {rates}")
+            for name, row in {"generation": found["gpu"]["one_model"], **found["gpu"]["classifier"]}.items():
+                if row["not_recorded"]:
+                    say(f"GPU, {name}: not recorded as a CUDA graph, so slower: {row['not_recorded']}")
         if wanted("predict"):
             jobs = gpus.tasks_at_once(study.compute.threads)  # as `run` does
             row = predict.predict(study, opened, jobs, OUTSIDE)

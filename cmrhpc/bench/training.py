@@ -7,7 +7,7 @@ import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from cmrhpc.train.evolution import Draws, Evolution
 from cmrhpc.train.gan import build_pair, draw_generation
 from cmrhpc.train.latent import Latent
 from cmrhpc.train.plain import PlainEvolution
-from cmrhpc.train.recorded import CHECKS, PLAIN
+from cmrhpc.train.recorded import CHECKS, PLAIN, SPARE, Recorded
 
 SIZE = 80  # pixels
 NETS = {
@@ -72,7 +72,7 @@ def modes(threads: int, device: torch.device | str) -> dict[str, Compute]:
 
 def warmup(device: torch.device | str) -> int:
     """Rounds that do not count; on a GPU until a step is recorded and checked."""
-    return 2 if torch.device(device).type == "cpu" else PLAIN + CHECKS + 1
+    return 2 if torch.device(device).type == "cpu" else PLAIN + CHECKS + SPARE + 1
 
 
 def settled(call: Callable[[], Any], device: torch.device | str) -> Callable[[], Any]:
@@ -173,7 +173,13 @@ def generation(net: str, rounds: int, threads: int, device: torch.device | str =
         "gflop": flops / 1e9,
         "peak_gflop_per_s": peaks["exact"] / 1e9,
         "fast_peak_gflop_per_s": peaks["fast"] / 1e9,
+        "not_recorded": _trouble([*exact.recorded.values(), *fast.recorded.values()]),
     }
+
+
+def _trouble(recordings: Sequence[Recorded]) -> str:
+    """Why a GPU's plain steps were measured and not recorded ones; empty where they were recorded, and on the CPU."""
+    return next((recorded.trouble for recorded in recordings if recorded.trouble), "")
 
 
 class _Operations(TorchDispatchMode):
@@ -221,9 +227,12 @@ def classifier(network: str, rounds: int, threads: int, device: torch.device | s
         optimizer.step()
         loss.item()
 
+    recordings: list[Recorded] = []
+
     def own(mode: str) -> Callable[[], object]:
         training = Training(data, labels, settings, compute[mode], 2, 0, torch.device(device))
         training.model.train()
+        recordings.extend([training.recorded] if training.recorded else [])
         order = DataOrder(N_IMAGES, settings.batch, 0)
         return under(compute[mode], lambda: float(training.step(order.next())))
 
@@ -238,6 +247,7 @@ def classifier(network: str, rounds: int, threads: int, device: torch.device | s
         "exact_s": middle["exact"],
         "fast_s": middle["fast"],
         "images_per_second": settings.batch / middle["fast"],
+        "not_recorded": _trouble(recordings),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,91 @@ def test_planted_faults_of_a_recording_are_found(fault: str) -> None:
         else "its replay made another step than the plain call"
     )
     assert all(torch.equal(x, y) for x, y in zip(plain.state(), fast.state(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:training goes on")
+def test_without_memory_for_the_check_its_tensors_are_gone_before_the_step_is_done_again() -> None:
+    state, tight, kept = torch.zeros(3), False, []
+
+    def step(x: Tensor) -> Tensor:
+        nonlocal tight
+        assert all(reference() is None for reference in kept)
+        activations = state + x
+        if tight:
+            tight = False
+            kept.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("out of memory")
+        return state.copy_(activations).clone()
+
+    def capture(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        nonlocal tight
+        outputs, tight = step(), True
+        return lambda: None, outputs
+
+    summed = Recorded(step, lambda: [state], capture)
+    for count in range(1, 6):
+        assert summed(torch.ones(3)).tolist() == [count] * 3
+    assert kept
+    assert "no memory" in summed.trouble
+
+
+@pytest.mark.filterwarnings("ignore:training goes on")
+@pytest.mark.parametrize(("deterministic", "off", "trusted"), [(False, 1, True), (False, 2, False), (True, 1, False)])
+def test_one_check_may_miss_where_the_plain_step_is_not_deterministic(
+    deterministic: bool, off: int, trusted: bool
+) -> None:
+    """Two of nearly equal fitness change places in the first `off` replays."""
+    setup_compute(Compute(threads=1, deterministic=deterministic))
+    state = torch.zeros(2)
+
+    def step(x: Tensor) -> Tensor:
+        state.add_(x)
+        return torch.tensor([0, 1])
+
+    def capture(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        outputs, replays = step(), 0
+
+        def replay() -> None:
+            nonlocal replays
+            replays += 1
+            outputs.copy_(step() if replays > off else step().flip(0))
+
+        return replay, outputs
+
+    try:
+        order = Recorded(step, lambda: [state], capture)
+        for count in range(1, 9):
+            assert order(torch.ones(2)).tolist() == [0, 1]
+            assert state.tolist() == [count] * 2
+    finally:
+        setup_compute(Compute(threads=1))
+    assert bool(order.replay) == trusted
+    assert bool(order.trouble) != trusted
+
+
+@pytest.mark.device
+@pytest.mark.filterwarnings("ignore:training goes on")
+def test_a_capture_that_cuda_breaks_off_leaves_the_device_as_it_was(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        pytest.skip("only CUDA breaks captures off: pytest -m device --device cuda")
+    monkeypatch.setattr(recorded, "_refused", "")
+    state, here = torch.zeros(3, device=device), torch.cuda.current_stream()
+
+    def asking(x: Tensor) -> Tensor:
+        state.add_(x + float(x[0]) - 1)  # asks the device for a number, which no capture allows
+        return state.clone()
+
+    steps = [Recorded(step, lambda: [state]) for step in (asking, lambda x: state.add_(x).clone())]
+    count = 0
+    for step in steps:
+        for _ in range(5):
+            count += 1
+            assert step(torch.ones(3, device=device)).tolist() == [count] * 3
+        assert step.trouble == steps[0].trouble != ""
+    assert torch.cuda.current_stream() == here
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.device
