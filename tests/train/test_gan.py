@@ -280,6 +280,23 @@ def test_labels_stay_with_their_images_when_the_set_is_expanded(monkeypatch: pyt
     assert {0, 1} == set(label.flatten().tolist())
 
 
+def test_real_images_are_drawn_class_by_class_as_labels_are() -> None:
+    """26 images of class 0 and 74 of class 1: D must not know a real image by the share of its class."""
+    labels = (torch.arange(100) >= 26).long()
+    data = torch.arange(100.0).view(-1, 1, 1, 1)
+    settings = dataclasses.replace(VARIANTS["acgan"], batch=4000, scoring_batch=4000)
+    latent, rng = gan.Latent.draw(1, 6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    draws = gan.draw_generation(settings, latent, data, labels, 2, 1, rng)
+    assert draws.real_label is not None
+    assert torch.equal(draws.real_label.flatten(), (draws.real.flatten() >= 26).long())
+    for images in (draws.real, draws.scoring_real):
+        counts = images.flatten().long().bincount(minlength=100)
+        assert counts[:26].sum() == pytest.approx(2000, abs=160)  # five standard deviations
+        assert counts.min() > 0  # and within a class every image
+        assert counts[:26].float().mean() == pytest.approx(2000 / 26, rel=0.1)
+        assert counts[26:].max() < 3 * counts[26:].float().mean()
+
+
 def test_what_was_warned_of_is_not_warned_of_again_after_a_resume() -> None:
     g, d = gan.build_pair(TINY, 16, 1, 2, 0)
     run = gan._Run(TINY, gan.Evolution(g, d), torch.Generator(), lambda entry: None)
