@@ -61,6 +61,7 @@ class Outcome:
     """What one generation measured; offspring are ordered parent by parent, mutation by mutation."""
 
     loss_d: Tensor  # () mean over the D steps
+    loss_d_source: Tensor  # () its part that tells real from generated, less the least that it can be
     loss_g: Tensor  # (offspring,)
     f_q: Tensor  # (offspring,)
     f_d: Tensor  # (offspring,)
@@ -87,6 +88,22 @@ def _as_channels_last(x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         return x.as_strided(x.shape, (height * width, 1, width, 1))
     return x
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, added up in order."""
+    return sum(parts[1:], start=parts[0])
+
+
+def _loss_factors(logit: Tensor, mutations: Sequence) -> tuple[list[Tensor], Tensor]:
+    """Losses of logits (N,) and their gradients there (mutations, N).
+
+    Where D does not mix samples, sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i.
+    """
+    leaf = logit.detach().requires_grad_()
+    values = [mutation(leaf) for mutation in mutations]
+    factors = torch.stack([torch.autograd.grad(value, leaf)[0] for value in values])
+    return [value.detach() for value in values], factors
 
 
 class Evolution:
@@ -161,9 +178,47 @@ class Evolution:
 
     def state(self) -> list[Tensor]:
         """Everything that a generation changes, the same memory once there are as many parents as survive."""
-        counters = [b for n in (self.generator, self.discriminator) for b in n.buffers() if not b.is_floating_point()]
-        flat = [self.g.vector, self.g.buffers, self.d.vector, self.d.buffers]
-        return [self.parents, self.buffers, self.first, self.second, self.d_first, self.d_second, *flat, *counters]
+        flat = [self.g.vector, self.g.buffers, self.d.vector, self.d.buffers, *self._counters().values()]
+        return [self.parents, self.buffers, self.first, self.second, self.d_first, self.d_second, *flat]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, beside `step` and `d_steps`."""
+        named = {
+            "parents": self.parents,
+            "buffers": self.buffers,
+            "first": self.first,
+            "second": self.second,
+            "d": self.d.vector,
+            "d_buffers": self.d.buffers,
+            "d_first": self.d_first,
+            "d_second": self.d_second,
+        }
+        return named | self._counters()
+
+    def load(self, tensors: dict[str, Tensor], step: int, d_steps: int) -> None:
+        """Go on from what `tensors` gave after `step` generations and `d_steps` updates of D."""
+        device = self.g.vector.device
+        self.parents, self.buffers, self.first, self.second = (
+            tensors[name].to(device, copy=True) for name in ("parents", "buffers", "first", "second")
+        )
+        self.d.vector.copy_(tensors["d"])
+        self.d.buffers.copy_(tensors["d_buffers"])
+        self.d_first.copy_(tensors["d_first"])
+        self.d_second.copy_(tensors["d_second"])
+        self.show(self.parents[0], self.buffers[0])
+        for name, counter in self._counters().items():
+            counter.copy_(tensors[name])
+        self.step, self.d_steps = step, d_steps
+
+    def show(self, vector: Tensor, buffers: Tensor) -> None:
+        """Load one individual into the generator module."""
+        self.workers.seats[0].hold(vector, buffers)
+
+    def _counters(self) -> dict[str, Tensor]:
+        """Batch norm's counts of batches: they decide nothing, but are part of the weights file."""
+        modules = {"generator": self.generator, "discriminator": self.discriminator}
+        named = ((f"{kind}.{name}", b) for kind, module in modules.items() for name, b in module.named_buffers())
+        return {name: buffer for name, buffer in named if not buffer.is_floating_point()}
 
     # The parts of a generation.
 
@@ -182,7 +237,8 @@ class Evolution:
         fitness = fitness.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = torch.sort(fitness, descending=True, stable=True).indices[: self.survivors]
         self._keep(offspring[order], buffers[order], first[order], second[order])
-        return Outcome(torch.stack(steps).mean(), loss_g, f_q, f_d, order)
+        loss_d, loss_d_source = torch.stack(steps).mean(0).unbind()
+        return Outcome(loss_d, loss_d_source, loss_g, f_q, f_d, order)
 
     def _keep(self, *survivors: Tensor) -> None:
         """Make these the parents, in the memory of those before them if they are as many."""
@@ -192,11 +248,7 @@ class Evolution:
                 old.copy_(new)
         else:
             self.parents, self.buffers, self.first, self.second = survivors
-        self._hold(self.parents[0], self.buffers[0])
-
-    def _hold(self, vector: Tensor, buffers: Tensor) -> None:
-        """Load one individual into the generator module."""
-        self.workers.seats[0].hold(vector, buffers)
+        self.show(self.parents[0], self.buffers[0])
 
     def _run(self, module: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(output, class logits or None) in float32 or wider; bfloat16 inside where asked for."""
@@ -217,17 +269,18 @@ class Evolution:
         return [slice(a, b) for a, b in itertools.pairwise(ends) if b > a]
 
     def _train_discriminator(self, draws: Draws, t: int, rates: Rates) -> Tensor:
-        """One Adam step on L_D (M6); the fakes come from all parents in equal parts."""
+        """One Adam step on L_D (M6), the fakes from all parents in equal parts: L_D and its part of the source (2,)."""
         spans = self._spans(draws.real.shape[1])
         done = self.workers.run([functools.partial(self._loss_d, draws=draws, t=t, span=span) for span in spans])
-        loss, gradient = (sum(parts[1:], start=parts[0]) for parts in zip(*done, strict=True))
+        loss, gradient = (_total(parts) for parts in zip(*done, strict=True))
         adam_step(self.d.vector, gradient, self.d_first, self.d_second, rates, self.betas)
         for norm, weight in self.normed:
             norm.iterate(weight)
         return loss
 
     def _loss_d(self, seat: Seat, draws: Draws, t: int, span: slice) -> tuple[Tensor, Tensor]:
-        """L_D of the samples in `span` and its gradient (P,), both times their share of the batch."""
+        """L_D of the samples in `span`, with its part of the source (2,), and its gradient (P,): all times their share
+        of the batch."""
         real = draws.real[t, span]
         label = None if draws.label is None else draws.label[t]
         fake = self._fakes(seat, draws.noise[t], label, span)
@@ -236,10 +289,12 @@ class Evolution:
         if draws.lam is not None:
             lam = draws.lam[t, span]
             loss = losses.mixup_loss(self._judge(losses.mixup(real, fake, lam), real_view)[0], lam)
+            source = loss.detach() - losses.label_entropy(lam)
         else:
             real_logit, real_classes = self._judge(real, real_view)
             fake_logit, fake_classes = self._judge(fake, fake_view)
             loss = losses.discriminator_loss(real_logit, fake_logit)
+            source = loss.detach()
             if real_classes is not None and fake_classes is not None and draws.real_label is not None:
                 loss = loss + losses.class_loss(real_classes, draws.real_label[t, span])
                 loss = loss + losses.class_loss(fake_classes, draws.label[t, span])  # type: ignore[index]
@@ -249,7 +304,7 @@ class Evolution:
             with frozen_statistics(self.discriminator):
                 objective = loss + self.r1 * losses.r1_penalty(self._judge(seen, real_view)[0], seen)
         share = len(real) / draws.real.shape[1]
-        return loss.detach() * share, self._d_gradient(objective * share)
+        return torch.stack([loss.detach(), source]) * share, self._d_gradient(objective * share)
 
     @torch.no_grad()
     def _fakes(self, seat: Seat, noise: Tensor, label: Tensor | None, span: slice) -> Tensor:
@@ -281,8 +336,8 @@ class Evolution:
         values, gradients, buffers = [], [], []
         for start in range(0, len(done), len(spans)):
             parts = list(zip(*done[start : start + len(spans)], strict=True))
-            values.append(sum(parts[0][1:], start=parts[0][0]))
-            gradients.append(sum(parts[1][1:], start=parts[1][0]))
+            values.append(_total(parts[0]))
+            gradients.append(_total(parts[1]))
             buffers.append(parts[2][0])
         return torch.cat(values), torch.cat(gradients), torch.cat(buffers)
 
@@ -316,8 +371,6 @@ class Evolution:
         """Losses, and gradients times `share`, of all mutations from one backward pass through D and through G.
 
         None where G's weights meet something that does not come from the noise.
-
-        Sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i, and so on down to the noise.
         """
         noise = noise.detach().requires_grad_()
         taps = Taps(len(noise))
@@ -327,16 +380,12 @@ class Evolution:
         with frozen_statistics(self.discriminator):
             logit, _ = self._judge(seen, view)
         (slope,) = torch.autograd.grad(logit.sum(), seen)
-        leaf = logit.detach().requires_grad_()
-        values = [mutation(leaf) for mutation in mutations]
-        factors = torch.stack([torch.autograd.grad(value, leaf)[0] for value in values]) * share
-        gradients = taps.gradients(images, noise, slope, factors, seat.flat.parameters)
-        if gradients is None:
-            return None
-        return [value.detach() for value in values], [seat.flat.pack(parts) for parts in gradients]
+        values, factors = _loss_factors(logit, mutations)
+        gradients = taps.gradients(images, noise, slope, factors * share, seat.flat.parameters)
+        return None if gradients is None else (values, [seat.flat.pack(parts) for parts in gradients])
 
     def _image_gradients(
-        self, images: Tensor, label: Tensor | None, mutations: Sequence, view: Tensor | None = None
+        self, images: Tensor, label: Tensor | None, mutations: Sequence, view: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Each mutation's loss and its gradient at the images, from one forward pass through D."""
         images.requires_grad_()
@@ -348,12 +397,9 @@ class Evolution:
                 values = [value + losses.class_loss(classes, label) for value in values]
             slopes = [torch.autograd.grad(value, images, retain_graph=True)[0] for value in values]
             return [value.detach() for value in values], slopes
-        # Sample i's image moves logit i only: dL/dimage_i = dL/dlogit_i * dlogit_i/dimage_i.
         (slope,) = torch.autograd.grad(logit.sum(), images)
-        leaf = logit.detach().requires_grad_()
-        values = [mutation(leaf) for mutation in mutations]
-        factors = [torch.autograd.grad(value, leaf)[0] for value in values]
-        return [value.detach() for value in values], [f.view(-1, 1, 1, 1) * slope for f in factors]
+        values, factors = _loss_factors(logit, mutations)
+        return values, [f.view(-1, 1, 1, 1) * slope for f in factors]
 
     def _score(self, draws: Draws, offspring: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
         """F_q and F_d of every offspring on the same noise and the same unmixed real images ([DAE] 7, 8).
@@ -385,9 +431,9 @@ class Evolution:
         sums = []
         for start in range(0, len(done), len(spans)):
             parts = list(zip(*done[start : start + len(spans)], strict=True))
-            sums.append((parts[0], sum(parts[1][1:], start=parts[1][0])))
+            sums.append((parts[0], _total(parts[1])))
         *fakes, (_, real_gradient) = sums
-        f_q = [sum(values[1:], start=values[0]) for values, _ in fakes]
+        f_q = [_total(values) for values, _ in fakes]
         f_d = [losses.diversity_fitness(real_gradient + gradient) for _, gradient in fakes]
         return torch.stack(f_q), torch.stack(f_d)
 

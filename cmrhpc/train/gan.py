@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmrhpc.errors import BadInput, CmrhpcError
+from cmrhpc.errors import BadInput
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.nets.spectral import add_spectral_norm
@@ -22,15 +21,12 @@ from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import sent, setup_compute, uses_bfloat16
 from cmrhpc.train.diffaugment import Views
-from cmrhpc.train.evolution import Draws, Evolution, Outcome
+from cmrhpc.train.evolution import Draws, Evolution
+from cmrhpc.train.gan_log import GanLog
 from cmrhpc.train.latent import Latent
-from cmrhpc.train.log import json_safe
 
 GRID = 64  # images of the fixed noise: grid, untrained grid, collapse check
 SAMPLING_BATCH = 64  # fixed, so that the first m of n samples are the same bits
-ONE_WINS = 0.95  # share of wins that is warned of
-BEATEN = 0.02  # mean loss of D below which it is never wrong and G has nothing to learn from
-COLLAPSED = 0.2  # of the real images' pairwise distance, below which samples have collapsed
 
 
 @dataclass(frozen=True)
@@ -136,40 +132,46 @@ def train_gan(
         r1=settings.r1,
         bfloat16=uses_bfloat16(compute, torch.device(device)),
     )
-    run = _Run(settings, evolution, rng, log)
+    average = Average(evolution) if settings.ema else None
+    gan_log, step = GanLog(settings, log), 0
     saved = checkpoints.newest() if checkpoints else None
     if checkpoints and saved:
         with checkpoints.loading():
-            run.load(saved.tensors, saved.state)
-    run.clock = time.monotonic()
+            step = saved.step
+            evolution.load(saved.tensors, step, saved.state["d_steps"])
+            if average:
+                average.load(saved.tensors)
+            rng.set_state(saved.tensors["rng"])
+            gan_log.load(saved.tensors, saved.state, device)
 
     # Train.
-    while run.step < settings.generations:
+    while step < settings.generations:
         draws = draw_generation(settings, latent, data, label_data, classes, len(evolution.parents), rng)
-        logged = (run.step + 1) % settings.log_every == 0 or run.step + 1 == settings.generations
-        outcome = evolution.generation(draws, score=logged)
-        run.step += 1
-        run.count(outcome)
+        logged = (step + 1) % settings.log_every == 0 or step + 1 == settings.generations
+        gan_log.add(evolution.generation(draws, score=logged))
+        step += 1
 
         # Update the average.
-        if settings.ema:
-            run.average(min(settings.ema, (1 + run.step) / (10 + run.step)))
+        if average:
+            average.add(min(settings.ema, (1 + step) / (10 + step)))
 
         # Log.
         if logged:
-            grid = _grid(g, run.averaged_weights(), latent, classes, grid_seed)
-            run.write_log(relative_diversity([grid[c :: len(real)] for c in range(len(real))], real))
-        progress(run.step, settings.generations)
+            grid = _grid(g, average.weights() if average else None, latent, classes, grid_seed)
+            gan_log.write(step, relative_diversity([grid[c :: len(real)] for c in range(len(real))], real))
+        progress(step, settings.generations)
 
         # Checkpoint.
-        if run.step < settings.generations:
+        if step < settings.generations:
             stopping = should_stop()
             if checkpoints and (stopping or checkpoints.due()):
-                checkpoints.save(run.step, run.tensors(), run.state())
+                tensors = evolution.tensors() | gan_log.tensors() | {"rng": rng.get_state()}
+                tensors |= average.tensors() if average else {}
+                checkpoints.save(step, tensors, gan_log.state() | {"d_steps": evolution.d_steps})
             if stopping:
-                raise stop_here(checkpoints, run.step, settings.generations)
+                raise stop_here(checkpoints, step, settings.generations)
 
-    averaged = run.averaged_weights()
+    averaged = average.weights() if average else None
     return TrainedGan(g, d, averaged, latent, classes, untrained, _grid(g, averaged, latent, classes, grid_seed))
 
 
@@ -230,158 +232,32 @@ def relative_diversity(made: list[Tensor], real: list[Tensor]) -> float:
     return min(shares, default=1.0)
 
 
-class _Run:
-    """What a training carries from generation to generation beside the evolution itself."""
+class Average:
+    """A running mean of the best parent's weights and buffers (EMA)."""
 
-    def __init__(self, settings: Generator, evolution: Evolution, rng: torch.Generator, log: Callable):
-        self.settings, self.evolution, self.rng, self.log = settings, evolution, rng, log
-        self.step = 0
-        self.ema = (evolution.g.vector.clone(), evolution.g.buffers.clone()) if settings.ema else None
-        self.window = torch.zeros(0)  # sums since the last log step, on the device
-        self.window_steps = 0
-        self.wins = [0] * len(settings.mutations)
-        self.entries: list[dict[str, Any]] = []
-        self.warned: list[str] = []
-        self.clock = time.monotonic()
+    def __init__(self, evolution: Evolution):
+        self.evolution = evolution
+        self.vector, self.buffers = evolution.parents[0].clone(), evolution.buffers[0].clone()
 
-    def average(self, decay: float) -> None:
-        assert self.ema is not None
-        for mean, now in zip(self.ema, (self.evolution.parents[0], self.evolution.buffers[0]), strict=True):
-            mean.lerp_(now, 1 - decay)
+    def add(self, decay: float) -> None:
+        """Take the best parent of now into the mean, with the weight 1 - decay."""
+        self.vector.lerp_(self.evolution.parents[0], 1 - decay)
+        self.buffers.lerp_(self.evolution.buffers[0], 1 - decay)
 
-    def averaged_weights(self) -> dict[str, Tensor] | None:
-        """The averaged generator as a state dict, or None when EMA is off."""
-        if self.ema is None:
-            return None
-        evolution, module = self.evolution, self.evolution.generator
-        evolution._hold(*self.ema)
-        state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-        evolution._hold(evolution.parents[0], evolution.buffers[0])
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged generator as a state dict."""
+        evolution = self.evolution
+        evolution.show(self.vector, self.buffers)
+        state = {name: tensor.detach().clone() for name, tensor in evolution.generator.state_dict().items()}
+        evolution.show(evolution.parents[0], evolution.buffers[0])
         return state
 
-    def count(self, outcome: Outcome) -> None:
-        """Add one generation to the log window. Offspring are averaged over parents."""
-        kinds = len(self.settings.mutations)
-        per_kind = [x.view(-1, kinds).mean(0) for x in (outcome.loss_g, outcome.f_q, outcome.f_d)]
-        spreads = torch.stack([outcome.f_q.max() - outcome.f_q.min(), outcome.f_d.max() - outcome.f_d.min()])
-        row = torch.cat([outcome.loss_d[None], *per_kind, spreads]).double()
-        winner = (outcome.order[:, None] % kinds == torch.arange(kinds, device=outcome.order.device)).sum(0)
-        row = torch.cat([row, winner])
-        self.window = self.window + row if self.window_steps else row
-        self.window_steps += 1
-
-    def write_log(self, relative_diversity: float) -> None:
-        """Hand out one log entry, means over the window; of one mutation alone the scores of now.
-
-        Raises CmrhpcError when the losses are not finite.
-        """
-        names, gamma = list(self.settings.mutations), self.settings.gamma
-        kinds = len(names)
-        sums = self.window.cpu()
-        loss_d, rest = float(sums[0]) / self.window_steps, sums[1:] / self.window_steps
-        if kinds == 1:  # scored for this entry alone
-            rest[kinds : 3 * kinds] *= self.window_steps
-        loss_g, f_q, f_d = (dict(zip(names, part.tolist(), strict=True)) for part in rest[: 3 * kinds].split(kinds))
-        window_wins = [round(x) for x in sums[-kinds:].tolist()]
-        self.wins = [a + b for a, b in zip(self.wins, window_wins, strict=True)]
-        seconds = max(time.monotonic() - self.clock, 1e-9)
-        shown = self.window_steps * self.settings.batch * self.settings.discriminator_steps
-        finite = all(map(math.isfinite, sums.tolist()))
-        entry: dict[str, Any] = {
-            "step": self.step,
-            "loss_d": loss_d,
-            "loss_g": loss_g,
-            "f_q": f_q,
-            "f_d": f_d,
-            "f_q_spread": float(rest[3 * kinds]),
-            "gamma_f_d_spread": gamma * float(rest[3 * kinds + 1]),
-            "winner": names[window_wins.index(max(window_wins))],
-            "wins": dict(zip(names, self.wins, strict=True)),
-            "diversity": relative_diversity,
-            "images_per_second": shown / seconds,
-        }
-        warnings = [] if finite else ["a loss or fitness is not finite"]
-        share = max(self.wins) / max(1, sum(self.wins))
-        texts = {
-            "wins": f"one mutation wins nearly always ({share:.0%})",
-            "beaten": "D is never wrong, so that G learns nothing: lower gamma or the learning rate, or set r1",
-            "collapse": f"samples collapse: pairwise distance {relative_diversity:.0%} of the real images'",
-        }
-        seen = {"beaten": loss_d < BEATEN, "collapse": relative_diversity < COLLAPSED} if self.step >= 200 else {}
-        seen["wins"] = kinds > 1 and self.step >= 500 and share > ONE_WINS
-        news = [name for name in texts if seen.get(name) and name not in self.warned]
-        self.warned += news
-        warnings += [texts[name] for name in news]
-        if warnings:
-            entry["warning"] = "; ".join(warnings)
-        entry = json_safe(entry)
-        self.entries.append(entry)
-        self.log(entry)
-        self.window_steps, self.clock = 0, time.monotonic()
-        if not finite:
-            raise CmrhpcError(
-                f"training diverged: a loss or fitness is not finite at generation {self.step}",
-                mend="lower learning_rate, or run in exact mode",
-            )
-
     def tensors(self) -> dict[str, Tensor]:
-        e = self.evolution
-        named = {
-            "parents": e.parents,
-            "buffers": e.buffers,
-            "first": e.first,
-            "second": e.second,
-            "d": e.d.vector,
-            "d_buffers": e.d.buffers,
-            "d_first": e.d_first,
-            "d_second": e.d_second,
-            "rng": self.rng.get_state(),
-        }
-        named |= self._counters()
-        if self.window_steps:
-            named["window"] = self.window
-        if self.ema:
-            named |= {"ema": self.ema[0], "ema_buffers": self.ema[1]}
-        return named
+        return {"ema": self.vector, "ema_buffers": self.buffers}
 
-    def _counters(self) -> dict[str, Tensor]:
-        """Batch norm's counts of batches: they decide nothing, but are part of the weights file."""
-        modules = {"generator": self.evolution.generator, "discriminator": self.evolution.discriminator}
-        named = ((f"{kind}.{name}", b) for kind, module in modules.items() for name, b in module.named_buffers())
-        return {name: buffer for name, buffer in named if not buffer.is_floating_point()}
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "d_steps": self.evolution.d_steps,
-            "window_steps": self.window_steps,
-            "wins": self.wins,
-            "entries": self.entries,
-            "warned": self.warned,
-        }
-
-    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from `tensors` and `state`; the stored log entries are handed out again."""
-        e, device = self.evolution, self.evolution.g.vector.device
-        e.parents, e.buffers, e.first, e.second = (
-            tensors[name].to(device, copy=True) for name in ("parents", "buffers", "first", "second")
-        )
-        e.d.vector.copy_(tensors["d"])
-        e.d.buffers.copy_(tensors["d_buffers"])
-        e.d_first.copy_(tensors["d_first"])
-        e.d_second.copy_(tensors["d_second"])
-        e._hold(e.parents[0], e.buffers[0])
-        for name, counter in self._counters().items():
-            counter.copy_(tensors[name])
-        e.step, e.d_steps = state["step"], state["d_steps"]
-        self.rng.set_state(tensors["rng"])
-        if self.ema:
-            self.ema = (tensors["ema"].to(device, copy=True), tensors["ema_buffers"].to(device, copy=True))
-        self.step, self.window_steps = state["step"], state["window_steps"]
-        self.window = tensors["window"].to(device) if self.window_steps else self.window
-        self.wins, self.entries, self.warned = state["wins"], state["entries"], state["warned"]
-        for entry in self.entries:
-            self.log(entry)
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.vector.copy_(tensors["ema"])
+        self.buffers.copy_(tensors["ema_buffers"])
 
 
 def _grid(g: nn.Module, averaged: dict[str, Tensor] | None, latent: Latent, n_classes: int, seed: int) -> Tensor:

@@ -67,6 +67,11 @@ def mixup_loss(mixed_logit: Tensor, lam: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(mixed_logit, lam)
 
 
+def label_entropy(lam: Tensor) -> Tensor:
+    """Mean entropy of the labels lambda: what `mixup_loss` is of a D that knows them all, and no D has less."""
+    return (torch.special.entr(lam) + torch.special.entr(1 - lam)).mean()
+
+
 def quality_fitness(fake_logit: Tensor) -> Tensor:
     """F_q = E[D(G(z))] ([DAE] 7), in [0, 1]."""
     return torch.sigmoid(fake_logit).mean()

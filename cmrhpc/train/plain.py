@@ -45,6 +45,7 @@ class PlainEvolution:
     def generation(self, draws: Draws) -> Outcome:
         """Steps 3 and 4 of Algorithm 1."""
         loss_d = torch.stack([self.train_discriminator(draws, t) for t in range(len(draws.real))]).mean()
+        loss_d_source = loss_d if draws.lam is None else loss_d - losses.label_entropy(draws.lam)
 
         # Step 4. Every mutation of every parent makes one offspring.
         offspring: list[tuple[nn.Module, torch.optim.Adam]] = []
@@ -76,7 +77,7 @@ class PlainEvolution:
         fitness = torch.stack(f_q) + self.gamma * torch.stack(f_d)
         order = torch.sort(fitness, descending=True, stable=True).indices[: self.survivors]
         self.parents = [offspring[int(i)] for i in order]
-        return Outcome(loss_d, torch.stack(loss_g), torch.stack(f_q), torch.stack(f_d), order)
+        return Outcome(loss_d, loss_d_source, torch.stack(loss_g), torch.stack(f_q), torch.stack(f_d), order)
 
     def train_discriminator(self, draws: Draws, t: int) -> Tensor:
         """Step 3: real images, noise, generated images, interpolation, loss, update."""

@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_version_starts_the_training_anew(
         elif of == "shape":
             held[name] = torch.cat([held[name], held[name]])
         else:
-            del meta["state"][{"gan": "wins", "refiner": "window", "classifier": "history"}[trainer]]
+            del meta["state"][{"gan": "entries", "refiner": "window", "classifier": "history"}[trainer]]
 
     with pytest.raises(Checkpointed):
         train(checkpoints=Checkpoints(tmp_path, {}), should_stop=lambda: True)

@@ -69,7 +69,7 @@ def put_in_step(plain: PlainEvolution, fast: Evolution) -> None:
     """Copy everything of the fast side into the plain side, so that errors do not add up."""
     plain.parents = []
     for s in range(len(fast.parents)):
-        fast._hold(fast.parents[s], fast.buffers[s])
+        fast.show(fast.parents[s], fast.buffers[s])
         module = copy.deepcopy(fast.generator)
         adam = plain._adam(module)
         for parameter, first, second in zip(
@@ -78,7 +78,7 @@ def put_in_step(plain: PlainEvolution, fast: Evolution) -> None:
             state = {"step": torch.tensor(float(fast.step)), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
             adam.state[parameter] = state
         plain.parents.append((module, adam))
-    fast._hold(fast.parents[0], fast.buffers[0])
+    fast.show(fast.parents[0], fast.buffers[0])
     with torch.no_grad():
         for mine, theirs in zip(plain.discriminator.parameters(), fast.discriminator.parameters(), strict=True):
             mine.copy_(theirs)

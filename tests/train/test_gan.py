@@ -13,9 +13,11 @@ import torch
 
 from cmrhpc.errors import BadInput, Checkpointed, CmrhpcError
 from cmrhpc.study import Affine, Compute, Generator
-from cmrhpc.train import gan
+from cmrhpc.train import gan, losses
 from cmrhpc.train.checkpoint import Checkpoints
+from cmrhpc.train.evolution import Evolution, Outcome
 from cmrhpc.train.gan import TrainedGan, train_gan
+from cmrhpc.train.gan_log import GanLog
 from tests.train import small
 
 COMPUTE = Compute(threads=1)
@@ -156,31 +158,27 @@ def test_images_come_from_the_average_when_it_is_on() -> None:
 
 def test_average_against_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    count = gan._Run.count
+    averages: list[gan.Average] = []
+    init, add = gan.Average.__init__, gan.Average.add
 
-    def spy(self: Any, outcome: Any) -> None:
+    def first(self: Any, evolution: Any) -> None:
+        init(self, evolution)
+        averages.append(self)
+        seen.append(self.vector.double().clone())
+
+    def spy(self: Any, decay: float) -> None:
         seen.append(self.evolution.parents[0].double().clone())
-        self.test_first = getattr(self, "test_first", None)
-        count(self, outcome)
+        add(self, decay)
 
-    start: list[torch.Tensor] = []
-    init = gan._Run.__init__
-
-    def first(self: Any, *args: Any) -> None:
-        init(self, *args)
-        assert self.ema is not None
-        start.append(self.ema[0].double().clone())
-        runs.append(self)
-
-    runs: list[Any] = []
-    monkeypatch.setattr(gan._Run, "count", spy)
-    monkeypatch.setattr(gan._Run, "__init__", first)
+    monkeypatch.setattr(gan.Average, "__init__", first)
+    monkeypatch.setattr(gan.Average, "add", spy)
     train(TINY)
-    mean = start[0]
-    for step, parent in enumerate(seen, 1):
+    mean, *parents = seen
+    assert len(parents) == TINY.generations
+    for step, parent in enumerate(parents, 1):
         decay = min(0.9, (1 + step) / (10 + step))
         mean = decay * mean + (1 - decay) * parent
-    assert torch.allclose(runs[0].ema[0].double(), mean, atol=1e-6)
+    assert torch.allclose(averages[0].vector.double(), mean, atol=1e-6)
 
 
 def test_log_entries() -> None:
@@ -233,30 +231,100 @@ def test_a_loss_that_is_not_finite_stops_with_a_logged_warning() -> None:
     json.dumps(entries[-1], allow_nan=False)
 
 
-def run_of(settings: Generator) -> gan._Run:
-    g, d = gan.build_pair(settings, 16, 1, 2, 5)
-    evolution = gan.Evolution(g, d, mutations=settings.mutations)
-    return gan._Run(settings, evolution, torch.Generator(), lambda entry: None)
+def log_of(settings: Generator) -> GanLog:
+    return GanLog(settings, lambda entry: None)
 
 
-def test_warnings_of_one_winner_of_a_beaten_generator_and_of_collapse() -> None:
-    run = run_of(TINY)
-    for step, wins, relative, loss_d, expected in (
-        (100, 0, 0.05, 0.0, ""),  # too early to tell
-        (600, 0, 1.0, 0.5, "one mutation wins nearly always"),
-        (700, 0, 1.0, 0.5, ""),  # said once
-        (800, 1, 0.1, 0.5, "samples collapse"),
-        (900, 1, 0.1, 0.5, ""),
-        (950, 1, 1.0, 0.01, "D is never wrong"),
-        (960, 1, 1.0, 0.01, ""),
-    ):
-        run.step = step
-        zero = torch.zeros(3)
-        run.count(gan.Outcome(torch.tensor(loss_d), zero, zero, zero, torch.tensor([wins])))
-        run.write_log(relative)
-        warning = run.entries[-1].get("warning", "")
-        assert expected in warning
-        assert bool(expected) == bool(warning)
+def outcome(
+    wins: int = 0, kinds: int = 3, source: float = 0.5, loss_d: float = 0.5, f_q: list[float] | None = None
+) -> Outcome:
+    zero = torch.zeros(kinds)
+    scores = zero if f_q is None else torch.tensor(f_q)
+    return Outcome(torch.tensor(loss_d), torch.tensor(source), zero, scores, zero, torch.tensor([wins]))
+
+
+def told(log: GanLog, generations: int, step: int, relative: float = 1.0, **of: Any) -> str:
+    """What the entry of generation `step` warns of, after `generations` of one kind."""
+    for _ in range(generations):
+        log.add(outcome(**of))
+    log.write(step, relative)
+    return log.entries[-1].get("warning", "")
+
+
+def test_warnings_of_a_beaten_generator_and_of_collapse_come_once() -> None:
+    log = log_of(dataclasses.replace(TINY, generations=1000))
+    assert told(log, 1, 50, relative=0.05, source=0.0) == ""  # too early to tell
+    assert "samples collapse" in told(log, 1, 800, relative=0.1)
+    assert told(log, 1, 900, relative=0.1) == ""
+    assert "D is never wrong" in told(log, 1, 950, source=0.01)
+    assert told(log, 1, 960, source=0.01) == ""
+
+
+def test_a_short_training_is_warned_at_its_end_at_the_latest() -> None:
+    log = log_of(dataclasses.replace(TINY, generations=12))
+    assert told(log, 5, 5, relative=0.1, source=0.0) == ""
+    last = told(log, 7, 12, relative=0.1, source=0.0)
+    assert "samples collapse" in last
+    assert "D is never wrong" in last
+    assert "wins nearly always" not in last  # twelve generations tell nothing of that
+
+
+def test_one_winner_is_judged_by_the_last_tenth_of_the_training() -> None:
+    log = log_of(dataclasses.replace(TINY, generations=400))
+    assert told(log, 20, 20, wins=0) == ""
+    assert "one mutation wins nearly always (100% of the last 40 generations)" in told(log, 20, 40, wins=0)
+    # Many wins of all together long ago hide nothing now.
+    log = log_of(dataclasses.replace(TINY, generations=400))
+    for step in range(1, 361):
+        log.add(outcome(wins=step % 3))
+    assert told(log, 0, 360) == ""
+    for _ in range(3):
+        log.add(outcome(wins=2))
+    assert "(92% of the last 40 generations)" in told(log, 37, 400, wins=1)
+
+
+def test_with_mixup_d_is_judged_by_what_exceeds_the_entropy_of_its_labels() -> None:
+    """A D that knows every lambda is never wrong, though its loss is the labels' entropy."""
+    lam = losses.beta(0.2, (1, 2000), torch.Generator().manual_seed(0)).double()
+
+    class Knowing(torch.nn.Module):
+        mixes_samples = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.logit(x.mean((1, 2, 3)), eps=1e-12) + self.weight
+
+    settings = Generator(mutations=("heuristic",))
+    g, _ = gan.build_pair(dataclasses.replace(TINY, networks="dcgan"), 16, 1, 2, 0)
+    with torch.no_grad():
+        for parameter in g.parameters():  # images of 0; real ones are of 1: the mixture's mean is lambda
+            parameter.zero_()
+    evolution = Evolution(g.double(), Knowing(), mutations=settings.mutations, workers=1)
+    draws = small.draws(
+        torch.Generator().manual_seed(0), dtype=torch.float64, mixup=True, passes=1, batch=2000, latent=6
+    )
+    draws = dataclasses.replace(draws, lam=lam, real=torch.ones_like(draws.real))
+    made = evolution.generation(draws)
+    assert float(made.loss_d) == pytest.approx(0.2277, abs=0.02)  # of Beta(0.2, 0.2)
+    assert float(made.loss_d_source) == pytest.approx(0, abs=1e-6)
+    log = log_of(settings)
+    log.add(made)
+    log.write(settings.generations, 1.0)
+    assert "D is never wrong" in log.entries[-1]["warning"]
+    assert log.entries[-1]["loss_d_source"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_offspring_that_is_not_finite_and_loses_ends_no_training() -> None:
+    log = log_of(TINY)
+    assert "it lost" in told(log, 2, 2, wins=1, f_q=[math.nan, 0.5, 0.1])
+    assert log.entries[-1]["f_q"]["minimax"] is None
+    assert told(log, 2, 4, wins=1, f_q=[math.nan, 0.5, 0.1]) == ""  # said once
+    for of in ({"wins": 0, "f_q": [math.nan, 0.5, 0.1]}, {"loss_d": math.inf}):
+        with pytest.raises(CmrhpcError, match="not finite"):
+            told(log_of(TINY), 2, 2, **of)
 
 
 def test_labels_stay_with_their_images_when_the_set_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,20 +366,28 @@ def test_real_images_are_drawn_class_by_class_as_labels_are() -> None:
 
 
 def test_what_was_warned_of_is_not_warned_of_again_after_a_resume() -> None:
-    g, d = gan.build_pair(TINY, 16, 1, 2, 0)
-    run = gan._Run(TINY, gan.Evolution(g, d), torch.Generator(), lambda entry: None)
-    run.warned = ["collapse"]
-    other = gan._Run(TINY, gan.Evolution(*gan.build_pair(TINY, 16, 1, 2, 0)), torch.Generator(), lambda entry: None)
-    other.load(run.tensors(), run.state())
-    assert other.warned == ["collapse"]
+    log, other = log_of(TINY), log_of(TINY)
+    assert "collapse" in told(log, 7, 7, relative=0.0)
+    other.load(log.tensors(), json.loads(json.dumps(log.state())), "cpu")
+    assert told(other, 1, 8, relative=0.0) == ""
 
 
 def test_a_single_mutation_is_not_warned_of() -> None:
-    run = run_of(dataclasses.replace(TINY, mutations=("heuristic",)))
-    run.step = 1000
-    run.count(gan.Outcome(torch.ones(()), torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor([0])))
-    run.write_log(1.0)
-    assert "warning" not in run.entries[-1]
+    log = log_of(dataclasses.replace(TINY, mutations=("heuristic",)))
+    assert told(log, 1000, 1000, kinds=1) == ""
+
+
+def test_speed_is_that_of_the_generations_since_the_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    log, other = log_of(TINY), log_of(TINY)
+    for _ in range(30):
+        log.add(outcome())
+    now[0] = 1000.0
+    other.load(log.tensors(), log.state(), "cpu")
+    now[0] = 1010.0
+    told(other, 5, 35)
+    assert other.entries[0]["images_per_second"] == pytest.approx(5 * TINY.batch / 10)
 
 
 def test_refusals() -> None:

@@ -79,6 +79,14 @@ def test_mixup_loss() -> None:
     assert float(losses.mixup_loss(LOGITS, torch.from_numpy(lam))) == pytest.approx(slow, abs=1e-12)
 
 
+def test_no_d_has_less_than_the_entropy_of_the_labels() -> None:
+    lam = torch.rand(11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lam[0], lam[1] = 0, 1
+    slow = mean([-sum(w * math.log(w) for w in (x, 1 - x) if w) for x in lam.tolist()])
+    assert float(losses.label_entropy(lam)) == pytest.approx(slow, abs=1e-12)
+    assert float(losses.mixup_loss(torch.logit(lam, eps=1e-12), lam)) == pytest.approx(slow, abs=1e-9)
+
+
 def test_fitness() -> None:
     assert float(losses.quality_fitness(LOGITS)) == pytest.approx(
         mean([sigmoid(l) for l in LOGITS.tolist()]), abs=1e-12

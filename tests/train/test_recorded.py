@@ -28,7 +28,8 @@ from cmrhpc.train.classify import Training
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.diffaugment import Views
 from cmrhpc.train.evolution import Evolution
-from cmrhpc.train.gan import _Run
+from cmrhpc.train.gan import Average
+from cmrhpc.train.gan_log import GanLog
 from cmrhpc.train.recorded import Recorded
 from tests.train import small
 
@@ -307,10 +308,10 @@ def test_a_generation_asks_nothing_of_the_device(kind: str, spectral: bool, monk
     given = small.draws(rng, dtype=torch.float32, mixup=False, passes=1)
     draws = on_meta(dataclasses.replace(given, views=Views.draw(1, 6, 7, rng, torch.device("cpu"))))
     rates = torch.ones(2, 2, device="meta")
-    run = _Run(Generator(ema=0.99), meta, rng, lambda entry: None)
+    average, log = Average(meta), GanLog(Generator(), lambda entry: None)
     meta._generation(draws, rates, True)  # fills caches
     with _OnDevice():
         outcome = meta._generation(draws, rates, True)
-        run.count(outcome)
-        run.average(0.9)
+        log.add(outcome)
+        average.add(0.9)
     assert outcome.f_d.shape == (6,)
