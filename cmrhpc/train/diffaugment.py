@@ -54,6 +54,7 @@ def augment(images: Tensor, draw: Tensor) -> Tensor:
     centre = x.mean((1, 2, 3), keepdim=True)
     x = centre + (x - centre) * (contrast + 0.5)
     # Products with matrices of zeros and ones move pixels exactly, and their gradients need no scattered additions.
+    # Fast mode on a GPU rounds the pixels in them to TF32, which is finer than the bfloat16 that D rounds them to.
     rows, columns = _moved(draw[:, 3], height, x.dtype), _moved(draw[:, 4], width, x.dtype)
     x = rows[:, None] @ x @ columns[:, None].transpose(2, 3)
     kept = 1 - _inside(draw[:, 5], height, x.dtype)[:, :, None] * _inside(draw[:, 6], width, x.dtype)[:, None, :]

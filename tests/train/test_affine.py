@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from cmrhpc.study import Compute
 from cmrhpc.train.affine import Moves, draw_moves, expand, move
+from cmrhpc.train.compute import setup_compute
 
 
 def still(count: int) -> Moves:
@@ -52,6 +54,20 @@ def test_warp_against_the_slow_version(shape: tuple[int, int]) -> None:
                 images[n, c].numpy(), float(moves.degrees[n]), moves.shift[n].numpy(), moves.magnification[n].numpy()
             )
             assert np.allclose(got[n, c], slow, rtol=0, atol=1e-10)
+
+
+@pytest.mark.device
+def test_fast_mode_moves_no_image_elsewhere(device: str) -> None:
+    """A product in TF32 would misplace pixels near the border of 80 by a twentieth of a pixel."""
+    coarse = torch.randn(6, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(coarse, size=(80, 80), mode="bilinear")
+    moves = draw_moves(6, True, torch.Generator().manual_seed(1))
+    setup_compute(Compute(threads=1, mode="fast"))
+    try:
+        moved = move(images.to(device), moves).cpu()
+    finally:
+        setup_compute(Compute(threads=1))
+    assert torch.allclose(moved, move(images.double(), moves).float(), atol=1e-4)
 
 
 def test_flips_and_quarter_turns_are_exact() -> None:
