@@ -11,16 +11,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+ALIGNED = 4  # numbers of float32 that vectorised kernels on GPUs read at once: their weights start at a multiple
+
+
+def flat_order(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters as they lie in its vector: those of odd sizes last, where they shift no other one."""
+    return sorted(module.parameters(), key=lambda parameter: parameter.numel() % ALIGNED != 0)
+
 
 class Flat:
     """Makes a module's parameters views of `vector` (P,) and its floating-point buffers views of `buffers` (B,).
 
-    4-D weights are laid out in the vector in the module's memory format, so that channels-last stays channels-last.
+    parameters: in the order of `vector`, which is that of everything packed and unpacked. 4-D weights are laid out in
+    the vector in the module's memory format, so that channels-last stays channels-last.
     Writing into the vectors changes the module. The module must stay on its device afterwards.
     """
 
     def __init__(self, module: nn.Module):
-        self.parameters = list(module.parameters())
+        self.parameters = flat_order(module)
         self.channels_last = [p.dim() == 4 and not p.is_contiguous() for p in self.parameters]
         self.sizes = [p.numel() for p in self.parameters]
         self.vector = self.pack([p.detach() for p in self.parameters])
@@ -32,7 +40,7 @@ class Flat:
             buffer.data = piece.view_as(buffer)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor per parameter, of its shape -> (P,)."""
+        """One tensor per parameter, in their order and of its shape -> (P,)."""
         pieces = [
             (t.permute(0, 2, 3, 1) if last else t).reshape(-1)
             for t, last in zip(tensors, self.channels_last, strict=True)

@@ -17,7 +17,7 @@ from cmrhpc.study import Compute
 from cmrhpc.train import losses
 from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.evolution import Evolution, frozen_statistics
-from cmrhpc.train.flat import Flat, adam_rates, adam_step
+from cmrhpc.train.flat import Flat, adam_rates, adam_step, flat_order
 from cmrhpc.train.plain import PlainEvolution
 from cmrhpc.train.workers import Seat, Workers, keep_no_state
 from tests.train import small
@@ -73,7 +73,7 @@ def put_in_step(plain: PlainEvolution, fast: Evolution) -> None:
         module = copy.deepcopy(fast.generator)
         adam = plain._adam(module)
         for parameter, first, second in zip(
-            module.parameters(), fast.g.unpack(fast.first[s]), fast.g.unpack(fast.second[s]), strict=True
+            flat_order(module), fast.g.unpack(fast.first[s]), fast.g.unpack(fast.second[s]), strict=True
         ):
             state = {"step": torch.tensor(float(fast.step)), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
             adam.state[parameter] = state
@@ -85,7 +85,7 @@ def put_in_step(plain: PlainEvolution, fast: Evolution) -> None:
         for mine, theirs in zip(plain.discriminator.buffers(), fast.discriminator.buffers(), strict=True):
             mine.copy_(theirs)
     for parameter, first, second in zip(
-        plain.discriminator.parameters(), fast.d.unpack(fast.d_first), fast.d.unpack(fast.d_second), strict=True
+        flat_order(plain.discriminator), fast.d.unpack(fast.d_first), fast.d.unpack(fast.d_second), strict=True
     ):
         state = {"step": torch.tensor(float(fast.d_steps)), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
         plain.d_adam.state[parameter] = state
@@ -97,7 +97,7 @@ def distance(plain: PlainEvolution, fast: Evolution) -> float:
     for s, (module, adam) in enumerate(plain.parents):
         vectors = (fast.parents[s], fast.first[s], fast.second[s])
         for i, vector in enumerate(vectors):
-            for parameter, view in zip(module.parameters(), fast.g.unpack(vector), strict=True):
+            for parameter, view in zip(flat_order(module), fast.g.unpack(vector), strict=True):
                 other = parameter if i == 0 else adam.state[parameter][("", "exp_avg", "exp_avg_sq")[i]]
                 worst.append((other.detach() - view).abs().max())
         if len(fast.buffers[s]):
@@ -231,12 +231,23 @@ def test_flat_changes_the_module_and_nothing_of_its_function(channels_last: bool
     flat = Flat(g)
     assert torch.allclose(g(z), before, atol=1e-6)
     assert torch.equal(flat.pack(flat.unpack(flat.vector)), flat.vector)
-    for parameter, view in zip(g.parameters(), flat.unpack(flat.vector), strict=True):
+    for parameter, view in zip(flat.parameters, flat.unpack(flat.vector), strict=True):
         assert torch.equal(parameter, view)
     flat.vector.zero_()
     assert all(not p.any() for p in g.parameters())
     flat.buffers.fill_(3.0)
     assert all((b == 3).all() for b in g.buffers() if b.is_floating_point())
+
+
+@pytest.mark.parametrize("pair", [residual_pair, dcgan_pair])
+def test_weights_start_where_vectorised_kernels_can_read_them(pair) -> None:  # type: ignore[no-untyped-def]
+    """Self-attention's gamma is one number, and in the middle of the vector it would shift all that follow."""
+    for network in pair(16, 1, 5, 4, torch.Generator().manual_seed(0)):
+        flat = Flat(network)
+        assert {id(p) for p in flat.parameters} == {id(p) for p in network.parameters()}
+        odd = [p.numel() % 4 != 0 for p in flat.parameters]
+        assert odd == sorted(odd)
+        assert all(p.storage_offset() % 4 == 0 for p in flat.parameters[: odd.index(True) + 1])
 
 
 def test_the_winner_keeps_its_own_optimizer_state() -> None:
@@ -271,7 +282,7 @@ def test_the_module_holds_the_winner_after_a_generation(kind: str) -> None:
         fast.generation(small.draws(rng, dtype=torch.float32, mixup=True, passes=1))
         assert torch.equal(fast.g.vector, fast.parents[0])
         assert torch.equal(fast.g.buffers, fast.buffers[0])
-        for parameter, view in zip(fast.generator.parameters(), fast.g.unpack(fast.parents[0]), strict=True):
+        for parameter, view in zip(fast.g.parameters, fast.g.unpack(fast.parents[0]), strict=True):
             assert torch.equal(parameter, view)
 
 
@@ -411,8 +422,8 @@ def test_gradients_of_all_mutations_err_no_more_than_those_of_separate_passes(wo
 
     for m, name in enumerate(NAMES):
         loss = losses.MUTATIONS[name](true_logit)
-        true = flat(torch.autograd.grad(loss, list(wide[0].parameters()), retain_graph=True))
-        separate = torch.autograd.grad(losses.MUTATIONS[name](logit), list(plain[0].parameters()), retain_graph=True)
+        true = flat(torch.autograd.grad(loss, flat_order(wide[0]), retain_graph=True))
+        separate = torch.autograd.grad(losses.MUTATIONS[name](logit), flat_order(plain[0]), retain_graph=True)
         error, usual = ((flat(t) - true).norm() / true.norm() for t in (fast.g.unpack(gradients[m]), separate))
         assert error < 2 * usual, name
         assert error < (0.3 if bfloat16 else 1e-5), name
