@@ -68,9 +68,15 @@ def test_a_task_is_its_steps_logs_and_samples() -> None:
 
 def test_steps_and_log_entries_are_told_apart() -> None:
     ticks = [100.0, 109.0, 118.0, 119.0, 120.0, 121.0, 126.0, 131.0]  # two slow steps; two with a log entry of 4 s
-    assert predict.step_costs("classify", ticks, 8) == {"step_s": 1.0, "log_s": 4.0}
+    assert predict.step_costs("classify", ticks, 8, 7) == {"step_s": 1.0, "log_s": 4.0}
+    # As on a GPU: the first log entries come with a step that is not recorded yet, which later ones are.
+    gaps = [9.0, *[1.0] * 19]
+    for step, took in ((4, 30.0), (8, 30.0), (12, 40.0), (16, 3.0), (20, 3.0)):
+        gaps[step - 1] = took
+    ticks = [sum(gaps[: i + 1]) for i in range(20)]
+    assert predict.step_costs("synthesize", ticks, 20, 4) == {"step_s": 1.0, "log_s": 2.0}
     gaps = [50.0, *[7.0, 7.0, 1.0, 1.0, 1.0], 9.0, *[7.0, 7.0, 2.0, 2.0, 2.0], 9.0, *[7.0, 7.0, 5.0, 5.0, 5.0]]
-    told = predict.step_costs("refine", [sum(gaps[: i + 1]) for i in range(len(gaps))], 6)
+    told = predict.step_costs("refine", [sum(gaps[: i + 1]) for i in range(len(gaps))], 6, 5)
     assert told == {"pretrain_refiner_s": 1.0, "pretrain_discriminator_s": 2.0, "step_s": 5.0, "log_s": 0.0}
 
 

@@ -28,6 +28,7 @@ from cmrhpc.workspace import Workspace
 
 STEPS, MORE_STEPS = 10, 50  # real steps of each kind; more where they are short
 SHORT = 0.25  # seconds
+LOGS = 10  # log entries in a GPU's real steps: scored generations of one mutation are recorded after a few of them
 WARM = 2  # steps that are slower than those that follow: memory is taken for the first time, a step recorded
 PAPER_IMAGES = (77, 221)  # images per class of the papers' set: what is assumed without a cohort
 
@@ -98,6 +99,7 @@ def _measure(
             torch.cuda.synchronize()
         ticks.append(time.perf_counter())
 
+    every = max(2, steps // LOGS) if device.type == "cuda" else steps - 1
     common: dict[str, Any] = {"device": device, "progress": tick}
     x = made(images)
     labels = torch.arange(len(x)) % len(study.classes)
@@ -105,7 +107,7 @@ def _measure(
     if kind == "synthesize":
         from cmrhpc.train.gan import train_gan
 
-        generator = dataclasses.replace(study.generators[name], generations=steps, log_every=steps - 1)
+        generator = dataclasses.replace(study.generators[name], generations=steps, log_every=every)
         trained = train_gan(
             x, labels, generator, study.compute, study.affine, n_classes=len(study.classes), seed=0, **common
         )
@@ -126,23 +128,24 @@ def _measure(
     else:
         from cmrhpc.train.classify import train_classifier
 
-        classifier = dataclasses.replace(study.classifiers[name], steps=steps, validate_every=steps - 1, weights="")
+        classifier = dataclasses.replace(study.classifiers[name], steps=steps, validate_every=every, weights="")
         held = made(validation)
         train_classifier(
             x, labels, held, torch.arange(len(held)) % len(study.classes), classifier, study.compute,
             n_classes=len(study.classes), init_seed=0, order_seed=0, **common,
         )  # fmt: skip
         ended = time.perf_counter()
-    told |= step_costs(kind, ticks, steps)
+    told |= step_costs(kind, ticks, steps, every)
     told["before_s"] = max(0.0, ticks[0] - begun - told["step_s"])
     told["after_s"] = max(0.0, ended - ticks[-1])
     return told
 
 
-def step_costs(kind: str, ticks: list[float], steps: int) -> dict[str, float]:
+def step_costs(kind: str, ticks: list[float], steps: int, every: int) -> dict[str, float]:
     """From the times at which steps ended: seconds of a step and of what is done at a log entry.
 
-    The last two steps end with a log entry or a validation. A refiner has `steps` steps in each of three phases.
+    Every `every`th step and the last one end with a log entry or a validation, of which the last two count. A refiner
+    has `steps` steps in each of three phases and no log entry.
     """
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
     warm = max(WARM, steps // 8)
@@ -150,8 +153,9 @@ def step_costs(kind: str, ticks: list[float], steps: int) -> dict[str, float]:
         phases = [gaps[first + warm : first + steps - 1] for first in (0, steps, 2 * steps)]
         names = ("pretrain_refiner_s", "pretrain_discriminator_s", "step_s")
         return {name: statistics.fmean(phase) for name, phase in zip(names, phases, strict=True)} | {"log_s": 0.0}
-    step = statistics.fmean(gaps[warm : steps - 3])
-    return {"step_s": step, "log_s": max(0.0, statistics.fmean(gaps[-2:]) - step)}
+    logged = [i for i in range(len(gaps)) if (i + 2) % every == 0 or i + 2 == steps]  # gap i is that of step i + 2
+    step = statistics.fmean(gaps[i] for i in range(warm, len(gaps)) if i not in logged)
+    return {"step_s": step, "log_s": max(0.0, statistics.fmean(gaps[i] for i in logged[-2:]) - step)}
 
 
 def task_seconds(study: Study, task: Task, costs: dict[str, float], sizes: Sizes, outside: float) -> float:
