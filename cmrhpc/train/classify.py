@@ -92,7 +92,7 @@ def train_classifier(
             log(entry)
 
     # Train.
-    clock = time.monotonic()
+    clock, clock_step = time.monotonic(), step  # speed is that of the steps since the start or the last validation
     model.train()
     while step < settings.steps:
         losses.append(training.step(order.next()))
@@ -108,7 +108,7 @@ def train_classifier(
                 "train_loss": math.fsum(window) / len(window),
                 "validation_loss": float(F.cross_entropy(logits, validation_labels)),
                 "validation_accuracy": float((logits.argmax(1) == validation_labels).double().mean()),
-                "images_per_second": len(window) * settings.batch / max(time.monotonic() - clock, 1e-9),
+                "images_per_second": (step - clock_step) * settings.batch / max(time.monotonic() - clock, 1e-9),
             }
             finite = math.isfinite(entry["train_loss"]) and math.isfinite(entry["validation_loss"])
             history.append(entry)
@@ -119,7 +119,7 @@ def train_classifier(
                 best_loss, best_step = entry["validation_loss"], step
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             window.clear()
-            clock = time.monotonic()
+            clock, clock_step = time.monotonic(), step
         progress(step, settings.steps)
 
         # Checkpoint.

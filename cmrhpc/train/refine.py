@@ -180,7 +180,7 @@ def train_refiner(
 
     # Train: phase R, phase D, phase 2.
     total = settings.pretrain_refiner + settings.pretrain_discriminator + settings.steps
-    clock = time.monotonic()
+    clock, clock_step = time.monotonic(), step  # speed is that of the steps since the start or the last entry
     while step < total:
         if step < settings.pretrain_refiner:
             phase = "pretrain refiner"
@@ -199,7 +199,7 @@ def train_refiner(
         if step % settings.log_every == 0 or step == total:
             settle()
             means = {name: math.fsum(values) / len(values) for name, values in window.items()}
-            steps_per_second = settings.log_every / max(time.monotonic() - clock, 1e-9)
+            steps_per_second = (step - clock_step) / max(time.monotonic() - clock, 1e-9)
             entry = {"step": step, "phase": phase, **{f"loss_{k}": v for k, v in means.items()}}
             entry["buffer_filled"] = buffer.filled
             entry["lambda_on_pixel_mean"] = settings.lambda_l1
@@ -214,7 +214,7 @@ def train_refiner(
             if not finite:
                 raise CmrhpcError(f"refiner diverged: a loss is not finite at step {step}", mend="lower learning_rate")
             window.clear()
-            clock = time.monotonic()
+            clock, clock_step = time.monotonic(), step
         progress(step, total)
 
         # Checkpoint.

@@ -94,6 +94,19 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert [e["step"] for e in logs[1]] == [3, 6, 9]
 
 
+@pytest.mark.usefixtures("little")
+def test_speed_is_that_of_the_steps_since_the_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = small.Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+
+    def again(should_stop: Any) -> TrainedClassifier:
+        return train(checkpoints=Checkpoints(tmp_path, {}), should_stop=should_stop, progress=clock.tick)
+
+    history = small.stopped_and_resumed(again, [1]).history
+    # Of two steps since the resume, then of three; a second passes between two steps.
+    assert [entry["images_per_second"] / TINY.batch for entry in history] == pytest.approx([2 / 1, 3 / 3, 3 / 3])
+
+
 @pytest.mark.device
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_resume_of_a_real_network_is_bitwise(

@@ -381,14 +381,14 @@ def test_a_single_mutation_is_not_warned_of() -> None:
 
 
 def test_speed_is_that_of_the_generations_since_the_resume(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = small.Clock()
+    monkeypatch.setattr("time.monotonic", clock)
     log, other = log_of(TINY), log_of(TINY)
     for _ in range(30):
         log.add(outcome())
-    now[0] = 1000.0
+    clock.now = 1000.0
     other.load(log.tensors(), log.state(), "cpu")
-    now[0] = 1010.0
+    clock.now = 1010.0
     told(other, 5, 35)
     assert other.entries[0]["images_per_second"] == pytest.approx(5 * TINY.batch / 10)
 

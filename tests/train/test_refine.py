@@ -97,6 +97,21 @@ def test_resume_is_bitwise(
     assert logs[0] == logs[1]
 
 
+def test_speed_is_that_of_the_steps_since_the_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = small.Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    entries: list[dict[str, Any]] = []
+
+    def again(should_stop: Any) -> TrainedRefiner:
+        entries.clear()
+        more = {"checkpoints": Checkpoints(tmp_path, {}), "should_stop": should_stop, "progress": clock.tick}
+        return train(dataclasses.replace(TINY, log_every=3), log=entries.append, **more)
+
+    small.stopped_and_resumed(again, [4])
+    # Of three, of two since the resume, of three, of one; a second passes between two steps.
+    assert [entry["steps_per_second"] for entry in entries] == pytest.approx([3 / 2, 2 / 1, 3 / 3, 1 / 1])
+
+
 def test_the_buffer_fills_in_training_and_its_images_reach_d(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers: list[HistoryBuffer] = []
     init = HistoryBuffer.__init__
