@@ -10,6 +10,7 @@ from cmrhpc.errors import UsageError
 from cmrhpc.names import STAGES
 from cmrhpc.near import did_you_mean
 
+SECTIONS = ("generation", "classifier", "overhead", "shards", "ingest", "tasks", "gpu", "predict")  # of bench
 PROFILE = "a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles"
 
 TYPED = 0.7  # how near a word must be to what was typed in a hurry
@@ -161,8 +162,7 @@ def parser() -> argparse.ArgumentParser:
         "--profile", metavar="P", help="hold the prediction (without WORKSPACE: of fu2021) against its limits"
     )
     p.add_argument("--quick", action="store_true", help="few rounds and few tasks")
-    sections = "generation,classifier,overhead,shards,ingest,tasks,gpu,predict"
-    p.add_argument("--only", metavar="SECTIONS", help=f"of {sections}")
+    p.add_argument("--only", metavar="SECTIONS", help=f"of {','.join(SECTIONS)}")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: 2, or the cores there are")
     p.add_argument("--tasks", type=int, default=0, metavar="N", help="tasks of the made-up study (10,000; quick: 500)")
     p.add_argument("--images", type=int, default=0, metavar="N", help="images to ingest (3,000; quick: 200)")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmrhpc.arguments import STAGES, TYPED, parser
+from cmrhpc.arguments import SECTIONS, STAGES, TYPED, parser
 from cmrhpc.errors import (
     EXIT_CLOSED_PIPE,
     EXIT_INTERRUPTED,
@@ -282,7 +282,6 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from cmrhpc.bench.run import SECTIONS
     from cmrhpc.bench.run import bench as measure
     from cmrhpc.gpus import cores
 

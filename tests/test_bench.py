@@ -81,7 +81,7 @@ def test_steps_and_log_entries_are_told_apart() -> None:
 
 
 def test_validation_is_cut_from_what_the_test_leaves() -> None:
-    study, _ = predict.load("fu2021", "")
+    study, _ = predict.load("")
     sizes = predict.sizes_of(study, None)
     assert (sizes.train, sizes.validation, sizes.test) == pytest.approx((0.64, 0.16, 0.2))
 

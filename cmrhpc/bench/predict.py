@@ -254,13 +254,13 @@ def against_profile(predicted: dict[str, Any], profile: Profile) -> list[str]:
     return lines
 
 
-def load(study: str, workspace: str) -> tuple[Study, Workspace | None]:
-    """The study to predict: of a workspace, or shipped under a name with two classes."""
+def load(workspace: str) -> tuple[Study, Workspace | None]:
+    """The study to predict: of a workspace, or without one fu2021 with two classes."""
     if workspace:
         opened = Workspace(workspace)
         return opened.study, opened
     from cmrhpc.study import STUDIES, parse_study
 
-    text = Path(STUDIES / f"{study}.toml").read_text(encoding="utf-8")
+    text = Path(STUDIES / "fu2021.toml").read_text(encoding="utf-8")
     text = text.replace("classes = []", 'classes = ["0", "1"]', 1).replace('raw = ""', 'raw = "raw"', 1)
-    return parse_study(text, f"{study}.toml"), None
+    return parse_study(text, "fu2021.toml"), None

@@ -12,7 +12,6 @@ from typing import Any
 from cmrhpc import gpus
 from cmrhpc.errors import BadInput
 
-SECTIONS = ("generation", "classifier", "overhead", "shards", "ingest", "tasks", "gpu", "predict")
 OUTSIDE = 0.3  # seconds of a task of `cmrhpc run`, which loads torch once for all, before and after its trainer
 BUSY = 0.5  # load per core above which the machine is called busy
 
@@ -71,7 +70,7 @@ def bench(
     from cmrhpc.profile import load_profile
 
     cluster = load_profile(profile) if profile else None
-    study, opened = predict.load("fu2021", workspace)  # what is no workspace is told before anything is measured
+    study, opened = predict.load(workspace)  # what is no workspace is told before anything is measured
     rounds = 3 if quick else 9
     found: dict[str, Any] = {"machine": machine(), "threads": threads, "quick": quick}
     here = found["machine"]

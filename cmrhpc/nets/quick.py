@@ -17,12 +17,12 @@ LARGE = 1024  # pixels from which PyTorch's channels-last GroupNorm takes its qu
 BLOCK_MAPS = 16  # a convolution to fewer maps leaves lanes of the vector units idle
 
 
-def _at_work(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the format that autocast would give a convolution."""
+def as_autocast(x: Tensor, *weights: Tensor | None) -> list[Any]:
+    """All in the format that autocast would give a convolution; what is None stays so."""
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
-        return x.to(kind), weight.to(kind)
-    return x, weight
+        return [None if t is None else t.to(kind) for t in (x, *weights)]
+    return [x, *weights]
 
 
 def block_size(maps: int, height: int, width: int) -> int:
@@ -47,7 +47,7 @@ class FewMapsConv2d(nn.Conv2d):
         side = block_size(self.out_channels, *x.shape[2:])
         if x.device.type != "cpu" or side == 1:
             return super().forward(x)
-        x, weight = _at_work(x, self.weight)
+        x, weight = as_autocast(x, self.weight)
         assert self.bias is not None
         return _InBlocks.apply(x, weight, side) + self.bias.to(x.dtype).view(-1, 1, 1)
 
@@ -58,16 +58,16 @@ class FewMapsConvTranspose2d(nn.ConvTranspose2d):
     (N, C, H, W) -> (N, maps, 2H, 2W).
     """
 
-    def __init__(self, channels_in: int, maps: int, bias: bool = True):
-        super().__init__(channels_in, maps, 4, stride=2, padding=1, bias=bias)
+    def __init__(self, channels_in: int, maps: int):
+        super().__init__(channels_in, maps, 4, stride=2, padding=1)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         side = block_size(self.out_channels, 2 * x.shape[2], 2 * x.shape[3])
         if x.device.type != "cpu" or side != 4 or output_size is not None:
             return super().forward(x, output_size)
-        x, weight = _at_work(x, self.weight)
-        y = _TransposedInBlocks.apply(x, weight)
-        return y if self.bias is None else y + self.bias.to(x.dtype).view(-1, 1, 1)
+        x, weight = as_autocast(x, self.weight)
+        assert self.bias is not None
+        return _TransposedInBlocks.apply(x, weight) + self.bias.to(x.dtype).view(-1, 1, 1)
 
 
 def _gradient(slope: Tensor, x: Tensor, weight: Tensor, stride: int, transposed: bool, mask: list[bool]) -> Any:

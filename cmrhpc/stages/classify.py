@@ -109,7 +109,7 @@ def classify(context: Context) -> None:
         order_seed=derive_seed(context.seed, "order"),
         device=device,
         log=log,
-        checkpoints=checkpoints(context, log),
+        checkpoints=checkpoints(context),
         should_stop=context.should_stop,
         progress=context.progress,
     )
@@ -140,4 +140,4 @@ def classify(context: Context) -> None:
         # For reading this folder alone; not content, because other settings of the study do not decide this result.
         info=about(study.compute, device) | {"study": canonical(study.to_share())},
     )
-    checkpoints(context, log).clear()
+    checkpoints(context).clear()

@@ -32,7 +32,7 @@ def refine(context: Context) -> None:
         seed=context.seed,
         device=device,
         log=log,
-        checkpoints=checkpoints(context, log),
+        checkpoints=checkpoints(context),
         should_stop=context.should_stop,
         progress=context.progress,
     )
@@ -53,4 +53,4 @@ def refine(context: Context) -> None:
         },
         info=about(study.compute, device),
     )
-    checkpoints(context, log).clear()
+    checkpoints(context).clear()

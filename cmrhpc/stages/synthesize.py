@@ -33,7 +33,7 @@ def synthesize(context: Context) -> None:
         seed=context.seed,
         device=device,
         log=log,
-        checkpoints=checkpoints(context, log),
+        checkpoints=checkpoints(context),
         should_stop=context.should_stop,
         progress=context.progress,
     )
@@ -58,4 +58,4 @@ def synthesize(context: Context) -> None:
         },
         info=about(study.compute, device),
     )
-    checkpoints(context, log).clear()
+    checkpoints(context).clear()

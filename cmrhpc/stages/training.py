@@ -27,7 +27,7 @@ class TrainingLog:
         return "".join(json.dumps(line) + "\n" for line in self.lines)
 
 
-def checkpoints(context: Context, log: TrainingLog) -> Checkpoints:
+def checkpoints(context: Context) -> Checkpoints:
     """Where this task keeps its checkpoints; they belong to its settings, seed and inputs and to no other."""
     study = context.workspace.study
     belongs_to = {

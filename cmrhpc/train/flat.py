@@ -59,6 +59,7 @@ class Flat:
         return views
 
 
+EPS = 1e-8  # Adam's
 Rates = tuple[float, float] | Tensor  # Adam's numbers of one step; on a GPU two numbers on it
 
 
@@ -74,7 +75,6 @@ def adam_step(
     second: Tensor,
     rates: Rates,
     betas: tuple[float, float],
-    eps: float = 1e-8,
 ) -> None:
     """One step of Adam, in place on `vector`, `first` and `second` moments (any equal shapes).
 
@@ -82,7 +82,7 @@ def adam_step(
     """
     for part in _parts(vector):
         pieces = (vector[..., part], gradient[..., part], first[..., part], second[..., part])
-        _adam(*pieces, rates, betas, eps)
+        _adam(*pieces, rates, betas)
 
 
 def adam_children(
@@ -92,7 +92,6 @@ def adam_children(
     second: Tensor,
     rates: Rates,
     betas: tuple[float, float],
-    eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors and moments of the children (S * M, P) after their step; parents (S, P) have M children each.
 
@@ -103,18 +102,16 @@ def adam_children(
         for child, parent in zip(made, (parents, first, second), strict=True):
             child[:, part] = parent[:, part].repeat_interleave(len(gradients) // len(parents), dim=0)
         vector, m, v = (child[:, part] for child in made)
-        _adam(vector, gradients[:, part], m, v, rates, betas, eps)
+        _adam(vector, gradients[:, part], m, v, rates, betas)
     return made
 
 
-def _adam(
-    vector: Tensor, g: Tensor, m: Tensor, v: Tensor, rates: Rates, betas: tuple[float, float], eps: float
-) -> None:
+def _adam(vector: Tensor, g: Tensor, m: Tensor, v: Tensor, rates: Rates, betas: tuple[float, float]) -> None:
     beta1, beta2 = betas
     root, size = rates
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    scaled = v.sqrt().div_(root).add_(eps)
+    scaled = v.sqrt().div_(root).add_(EPS)
     if isinstance(size, Tensor):  # not read by Python, so that the step can be recorded
         vector.addcdiv_(m * size, scaled, value=-1)
     else:

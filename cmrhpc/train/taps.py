@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from cmrhpc.nets.quick import as_autocast
+
 LARGE = 64  # positions of an image from which weight gradients of each sample alone are worth their sums
 TABLE = 2**26  # numbers that these may take at most: 256 MiB
 
@@ -103,16 +105,7 @@ class _Tapped(torch.autograd.Function):
         return back(x, slope), None, None, None, None
 
 
-def _working(x: Tensor, *weights: Tensor | None) -> list[Any]:
-    """All in the format that autocast would give them."""
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
-        return [None if t is None else t.to(kind) for t in (x, *weights)]
-    return [x, *weights]
-
-
 def _apply(taps: Taps, x: Tensor, tap: _Tap, run: Callable, back: Callable) -> Tensor:
-    tap.weights = [w for w in tap.weights if w is not None]
     taps.taps.append(tap)
     return _Tapped.apply(x, taps, tap, run, back)
 
@@ -123,7 +116,7 @@ def _convolution(
     if isinstance(padding, str) or x.dim() != 4 or not weight.requires_grad:
         return None
     stride, padding = (list(v) if isinstance(v, tuple | list) else [v, v] for v in (stride, padding))
-    x, weight, bias = _working(x, weight, bias)
+    x, weight, bias = as_autocast(x, weight, bias)
     fixed = (stride, padding, [1, 1], transposed, [0, 0], 1)
     plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
 
@@ -149,7 +142,7 @@ def _convolution(
                 found = torch.stack([back(x, slope * scale, 1) for scale in scales])
         return [found] if bias is None else [found, factors @ slope.sum((2, 3))]
 
-    tap = _Tap([weight, bias], gradients)
+    tap = _Tap([weight] if bias is None else [weight, bias], gradients)
     return _apply(taps, x, tap, lambda x: torch.convolution(x, plain, plain_bias, *fixed), back)
 
 
@@ -179,7 +172,7 @@ def _conv_transpose2d(
 def _linear(taps: Taps, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if x.dim() != 2 or not weight.requires_grad:
         return None
-    x, weight, bias = _working(x, weight, bias)
+    x, weight, bias = as_autocast(x, weight, bias)
     plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
 
     def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
@@ -188,7 +181,7 @@ def _linear(taps: Taps, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         found = [slope.t() @ scaled]
         return found if bias is None else [*found, factors @ slope]
 
-    tap = _Tap([weight, bias], gradients)
+    tap = _Tap([weight] if bias is None else [weight, bias], gradients)
     return _apply(taps, x, tap, lambda x: F.linear(x, plain, plain_bias), lambda x, slope: slope @ plain)
 
 

@@ -42,12 +42,11 @@ def test_convolution_to_few_maps(maps: int, height: int, width: int, side: int, 
     assert same(values_and_gradients(quick, x), values_and_gradients(plain, x))
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("maps", "height", "width"), [(1, 8, 6), (1, 5, 8), (3, 4, 4)])
-def test_transposed_convolution_to_few_maps(maps: int, height: int, width: int, bias: bool) -> None:
+def test_transposed_convolution_to_few_maps(maps: int, height: int, width: int) -> None:
     torch.manual_seed(0)
-    quick = FewMapsConvTranspose2d(5, maps, bias=bias).double()
-    plain = nn.ConvTranspose2d(5, maps, 4, stride=2, padding=1, bias=bias).double()
+    quick = FewMapsConvTranspose2d(5, maps).double()
+    plain = nn.ConvTranspose2d(5, maps, 4, stride=2, padding=1).double()
     plain.load_state_dict(quick.state_dict())
     x = torch.randn(2, 5, height, width, dtype=torch.float64)
     assert same(values_and_gradients(quick, x), values_and_gradients(plain, x))
