@@ -16,7 +16,7 @@ from cmrhpc.errors import UsageError
 
 
 def peak_mib() -> float:
-    """Of this process. Where the kernel tells only what getrusage does, that of the one that started it counts too."""
+    """Peak memory of this process in MiB. Where only getrusage is available, the parent's memory counts too."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -241,7 +241,8 @@ def _in_children(study: Study, kind: tuple[str, str], counts: list[int], jobs: i
 
 
 def against_profile(predicted: dict[str, Any], profile: Profile) -> list[str]:
-    """What the profile's time limits are to the predicted tasks, in words; only where tasks run on such a machine."""
+    """Warnings for stages whose predicted task time comes near the profile's limit; meaningful only for machines like
+    this one."""
     lines = []
     for stage, row in predicted["stages"].items():
         limit = profile.resources(stage).seconds

@@ -47,7 +47,7 @@ def images(count: int, size: int = SIZE, channels: int = 1) -> Tensor:
 
 
 def under(compute: Compute | None, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with the arithmetic of a task; with None that of a plain script, which sets none of it."""
+    """The call under a task's compute settings; with None under PyTorch's defaults."""
 
     def run() -> Any:
         if compute:

@@ -9,15 +9,14 @@ from torch import nn
 
 from cmrhpc.errors import BadInput
 
-FIRST_CONVS = {"resnet50": "conv1.weight", "xception": "conv1.weight"}
-HEADS = {"resnet50": "fc.", "xception": "fc."}
+FIRST_CONV, HEAD = "conv1.weight", "fc."  # of both networks
 
 
 def build_classifier(network: str, channels: int, n_classes: int, seed: int, weights: str = "") -> nn.Module:
     """A classifier, images (N, channels, H, W) -> logits (N, n_classes), with seeded random weights.
 
     network: resnet50 or xception. weights: a local safetensors file with the names of torchvision's or timm's state
-    dict; its head is left out when the classes differ, its first convolution is averaged over colour for one
+    dict; its head is left out when the classes differ, its first convolution is summed over colour for one
     channel. Raises BadInput when the file is unreadable or does not fit.
     """
     with torch.random.fork_rng(devices=[]):
@@ -49,13 +48,12 @@ def _load_weights(model: nn.Module, network: str, channels: int, file: str) -> N
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read the weights: {error}", file, "give a safetensors file") from None
     own = model.state_dict()
-    first, head = FIRST_CONVS[network], HEADS[network]
-    if first in given and given[first].shape[1] == 3 and channels == 1:
-        given[first] = given[first].sum(1, keepdim=True)  # grey in three channels gives the same response
-    for name in [n for n in given if n.startswith(head) and (n not in own or given[n].shape != own[n].shape)]:
+    if FIRST_CONV in given and given[FIRST_CONV].shape[1] == 3 and channels == 1:
+        given[FIRST_CONV] = given[FIRST_CONV].sum(1, keepdim=True)  # grey in three channels gives the same response
+    for name in [n for n in given if n.startswith(HEAD) and (n not in own or given[n].shape != own[n].shape)]:
         del given[name]
     wrong = [n for n, t in given.items() if n not in own or t.shape != own[n].shape]
-    missing = [n for n in own if n not in given and not n.startswith(head) and not n.endswith("num_batches_tracked")]
+    missing = [n for n in own if n not in given and not n.startswith(HEAD) and not n.endswith("num_batches_tracked")]
     if wrong or missing:
         names = ", ".join((wrong + missing)[:5])
         raise BadInput(f"the weights are not those of a {network}: {names}", file, "give the network's own state dict")

@@ -17,7 +17,7 @@ from cmrhpc.nets.quick import FewMapsConvTranspose2d
 from cmrhpc.study import start_and_ups
 
 EMBEDDING = 32  # width of a class embedding
-QUIET = 0.1  # its initial scale: at 1 the class outweighs the noise for good, and each class becomes one image
+EMBEDDING_STD = 0.1  # its initial scale: at 1 the class outweighs the noise for good, and each class becomes one image
 
 
 class DCGenerator(nn.Module):
@@ -97,7 +97,7 @@ def dcgan_pair(
     for module in [*g.modules(), *d.modules()]:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d | nn.Embedding):
             centre = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
-            std = QUIET if isinstance(module, nn.Embedding) else 0.02
+            std = EMBEDDING_STD if isinstance(module, nn.Embedding) else 0.02
             with torch.no_grad():
                 for name, parameter in module.named_parameters(recurse=False):
                     parameter.zero_() if name == "bias" else parameter.normal_(centre, std, generator=generator)

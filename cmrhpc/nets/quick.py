@@ -70,11 +70,11 @@ class FewMapsConvTranspose2d(nn.ConvTranspose2d):
         return _TransposedInBlocks.apply(x, weight) + self.bias.to(x.dtype).view(-1, 1, 1)
 
 
-def _gradient(slope: Tensor, x: Tensor, weight: Tensor, stride: int, transposed: bool, mask: list[bool]) -> Any:
+def _gradient(grad_output: Tensor, x: Tensor, weight: Tensor, stride: int, transposed: bool, mask: list[bool]) -> Any:
     """Gradients at x and weight by PyTorch's own convolution."""
     maps = weight.shape[1 if transposed else 0]
     return torch.ops.aten.convolution_backward(
-        slope, x, weight, [maps], [stride, stride], [1, 1], [1, 1], transposed, [0, 0], 1, mask
+        grad_output, x, weight, [maps], [stride, stride], [1, 1], [1, 1], transposed, [0, 0], 1, mask
     )
 
 
@@ -92,16 +92,16 @@ class _InBlocks(torch.autograd.Function):
         return F.pixel_shuffle(F.conv2d(x, kernel, None, side, 1), side)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         side, grad_x, grad_weight = ctx.side, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = _gradient(slope, x, weight, 1, False, [True, False, False])[0]
+            grad_x = _gradient(grad_output, x, weight, 1, False, [True, False, False])[0]
         if ctx.needs_input_grad[1]:
             maps, channels = weight.shape[:2]
             kernel = weight.new_empty(maps * side**2, channels, side + 2, side + 2)
             kernel = kernel.contiguous(memory_format=torch.channels_last)
-            blocks = F.pixel_unshuffle(slope, side).contiguous(memory_format=torch.channels_last)
+            blocks = F.pixel_unshuffle(grad_output, side).contiguous(memory_format=torch.channels_last)
             whole = _gradient(blocks, x, kernel, side, False, [False, True, False])[1]
             whole = whole.unflatten(0, (maps, side, side)).to(torch.promote_types(whole.dtype, torch.float32))
             windows = [whole[:, a, b, :, a : a + 3, b : b + 3] for a in range(side) for b in range(side)]
@@ -125,23 +125,23 @@ class _TransposedInBlocks(torch.autograd.Function):
         return F.pixel_shuffle(F.conv2d(x, kernel, None, 2, 1), 4)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         x, weight = ctx.saved_tensors
-        return _gradient(slope, x, weight, 2, True, mask)[:2]
+        return _gradient(grad_output, x, weight, 2, True, mask)[:2]
 
 
 def upsample_bilinear(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, 2H, 2W), bilinear. PyTorch's; but its deterministic way on GPUs goes by way of indices,
-    whose gradient is sorted and added one by one."""
+    """(N, C, H, W) -> (N, C, 2H, 2W), bilinear. PyTorch's own, except in deterministic mode on GPUs, where its gradient
+    is a slow sorted scatter-add."""
     if x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
         return doubled(doubled(x, 2), 3)
     return F.interpolate(x, scale_factor=2.0, mode="bilinear")
 
 
 def doubled(x: Tensor, dim: int) -> Tensor:
-    """Linear upsampling by 2 along one dimension, by slices and sums alone: every result a quarter on from one pixel
-    towards its neighbour, at the border towards itself."""
+    """Linear upsampling by 2 along one dimension, by slices and sums alone: each output lies a quarter of the way from
+    a pixel to its neighbour (to itself at the border)."""
     size = x.shape[dim]
     before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)], dim)
     after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)], dim)
@@ -169,5 +169,5 @@ class _ToLayout(torch.autograd.Function):
         return x.contiguous(memory_format=layout)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        return slope.contiguous(memory_format=ctx.back), None
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return grad_output.contiguous(memory_format=ctx.back), None

@@ -40,7 +40,7 @@ def _keep_freed_memory() -> None:
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on the device; to a GPU without waiting for what it is at, which a plain copy does."""
+    """The tensor on the device; to a GPU asynchronously: a plain copy would wait for queued work."""
     return (
         tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
     )

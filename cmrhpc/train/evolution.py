@@ -27,7 +27,7 @@ from cmrhpc.train.diffaugment import Views, augment
 from cmrhpc.train.flat import Flat, Rates, adam_children, adam_rates, adam_step
 from cmrhpc.train.recorded import Capture, Recorded, cuda_graph
 from cmrhpc.train.taps import Taps
-from cmrhpc.train.workers import Seat, Workers, keep_no_state
+from cmrhpc.train.workers import Replica, Workers, keep_no_state
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Evolution:
         self.d_mixes = getattr(discriminator, "mixes_samples", True)
         self.mixes = self.d_mixes or getattr(generator, "mixes_samples", True)
         self.pieces = 1 if self.mixes else self.workers.count
-        self.g, self.d = self.workers.seats[0].flat, Flat(discriminator)
+        self.g, self.d = self.workers.replicas[0].flat, Flat(discriminator)
         # One row per parent. At the start all parents are equal, and one is enough.
         self.parents = self.g.vector.clone()[None]
         self.buffers = self.g.buffers.clone()[None]
@@ -212,7 +212,7 @@ class Evolution:
 
     def show(self, vector: Tensor, buffers: Tensor) -> None:
         """Load one individual into the generator module."""
-        self.workers.seats[0].hold(vector, buffers)
+        self.workers.replicas[0].load(vector, buffers)
 
     def _counters(self) -> dict[str, Tensor]:
         """Batch norm's counts of batches: they decide nothing, but are part of the weights file."""
@@ -278,12 +278,12 @@ class Evolution:
             norm.iterate(weight)
         return loss
 
-    def _loss_d(self, seat: Seat, draws: Draws, t: int, span: slice) -> tuple[Tensor, Tensor]:
+    def _loss_d(self, replica: Replica, draws: Draws, t: int, span: slice) -> tuple[Tensor, Tensor]:
         """L_D of the samples in `span`, with its part of the source (2,), and its gradient (P,): all times their share
         of the batch."""
         real = draws.real[t, span]
         label = None if draws.label is None else draws.label[t]
-        fake = self._fakes(seat, draws.noise[t], label, span)
+        fake = self._fakes(replica, draws.noise[t], label, span)
         views = draws.views
         real_view, fake_view = (None, None) if views is None else (views.real[t, span], views.fake[t, span])
         if draws.lam is not None:
@@ -307,16 +307,16 @@ class Evolution:
         return torch.stack([loss.detach(), source]) * share, self._d_gradient(objective * share)
 
     @torch.no_grad()
-    def _fakes(self, seat: Seat, noise: Tensor, label: Tensor | None, span: slice) -> Tensor:
+    def _fakes(self, replica: Replica, noise: Tensor, label: Tensor | None, span: slice) -> Tensor:
         """The parents' images from noise[span] when the whole batch is dealt out to them in equal parts."""
         fakes, first = [], 0
         for s, part in enumerate(noise.tensor_split(len(self.parents))):
             own = slice(max(first, span.start), min(first + len(part), span.stop))
             first += len(part)
             if own.start < own.stop:
-                seat.hold(self.parents[s], self.buffers[s])
-                with frozen_statistics(seat.module):
-                    fakes.append(self._run(seat.module, noise[own], None if label is None else label[own])[0])
+                replica.load(self.parents[s], self.buffers[s])
+                with frozen_statistics(replica.module):
+                    fakes.append(self._run(replica.module, noise[own], None if label is None else label[own])[0])
         return torch.cat(fakes)
 
     def _mutate(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,7 +325,7 @@ class Evolution:
         # One forward pass serves a group of mutations: all of them with shared noise, else each its own.
         groups = [self.mutations] if shared else [[m] for m in self.mutations]
         spans = self._spans(draws.training_noise.shape[1])
-        jobs: list[Callable[[Seat], tuple[Tensor, Tensor, Tensor]]] = []
+        jobs: list[Callable[[Replica], tuple[Tensor, Tensor, Tensor]]] = []
         for s in range(len(self.parents)):
             for i, group in enumerate(groups):
                 k = 0 if shared else s * count + i
@@ -342,31 +342,31 @@ class Evolution:
         return torch.cat(values), torch.cat(gradients), torch.cat(buffers)
 
     def _loss_g(
-        self, seat: Seat, draws: Draws, parent: int, k: int, mutations: Sequence, span: slice
+        self, replica: Replica, draws: Draws, parent: int, k: int, mutations: Sequence, span: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (mutations,) and gradients (mutations, P) of the samples in `span`, times their share; buffers."""
-        seat.hold(self.parents[parent], self.buffers[parent])
+        replica.load(self.parents[parent], self.buffers[parent])
         noise = draws.training_noise[k]
         label = None if draws.training_label is None else draws.training_label[k, span]
         view = None if draws.views is None else draws.views.training[span]
         share = len(noise[span]) / len(noise)
         found = None
         if not self.mixes and label is None and len(mutations) > 1:
-            found = self._together(seat, noise[span], mutations, share, view)
+            found = self._together(replica, noise[span], mutations, share, view)
         if found:
             values, gradients = found
         else:
-            images, _ = self._run(seat.module, noise[span], label)
+            images, _ = self._run(replica.module, noise[span], label)
             values, upstream = self._image_gradients(images.detach(), label, mutations, view)
             gradients = []
-            for m, slope in enumerate(upstream):
+            for m, grad_output in enumerate(upstream):
                 more = {"retain_graph": m < len(mutations) - 1, "materialize_grads": True}
-                parts = torch.autograd.grad(images, seat.flat.parameters, slope * share, **more)
-                gradients.append(seat.flat.pack(parts))
-        return torch.stack(values) * share, torch.stack(gradients), seat.flat.buffers.repeat(len(mutations), 1)
+                parts = torch.autograd.grad(images, replica.flat.parameters, grad_output * share, **more)
+                gradients.append(replica.flat.pack(parts))
+        return torch.stack(values) * share, torch.stack(gradients), replica.flat.buffers.repeat(len(mutations), 1)
 
     def _together(
-        self, seat: Seat, noise: Tensor, mutations: Sequence, share: float, view: Tensor | None
+        self, replica: Replica, noise: Tensor, mutations: Sequence, share: float, view: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]] | None:
         """Losses, and gradients times `share`, of all mutations from one backward pass through D and through G.
 
@@ -375,14 +375,14 @@ class Evolution:
         noise = noise.detach().requires_grad_()
         taps = Taps(len(noise))
         with taps:
-            images, _ = self._run(seat.module, noise)
+            images, _ = self._run(replica.module, noise)
         seen = images.detach().requires_grad_()
         with frozen_statistics(self.discriminator):
             logit, _ = self._judge(seen, view)
-        (slope,) = torch.autograd.grad(logit.sum(), seen)
+        (grad_output,) = torch.autograd.grad(logit.sum(), seen)
         values, factors = _loss_factors(logit, mutations)
-        gradients = taps.gradients(images, noise, slope, factors * share, seat.flat.parameters)
-        return None if gradients is None else (values, [seat.flat.pack(parts) for parts in gradients])
+        gradients = taps.gradients(images, noise, grad_output, factors * share, replica.flat.parameters)
+        return None if gradients is None else (values, [replica.flat.pack(parts) for parts in gradients])
 
     def _image_gradients(
         self, images: Tensor, label: Tensor | None, mutations: Sequence, view: Tensor | None
@@ -395,11 +395,11 @@ class Evolution:
             values = [mutation(logit) for mutation in mutations]
             if classes is not None and label is not None:
                 values = [value + losses.class_loss(classes, label) for value in values]
-            slopes = [torch.autograd.grad(value, images, retain_graph=True)[0] for value in values]
-            return [value.detach() for value in values], slopes
-        (slope,) = torch.autograd.grad(logit.sum(), images)
+            gradients = [torch.autograd.grad(value, images, retain_graph=True)[0] for value in values]
+            return [value.detach() for value in values], gradients
+        (gradient,) = torch.autograd.grad(logit.sum(), images)
         values, factors = _loss_factors(logit, mutations)
-        return values, [f.view(-1, 1, 1, 1) * slope for f in factors]
+        return values, [f.view(-1, 1, 1, 1) * gradient for f in factors]
 
     def _score(self, draws: Draws, offspring: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
         """F_q and F_d of every offspring on the same noise and the same unmixed real images ([DAE] 7, 8).
@@ -412,16 +412,16 @@ class Evolution:
         passes = [*range(len(offspring)), None]
         spans = self._spans(len(draws.scoring_real))
 
-        def job(seat: Seat, i: int | None, span: slice) -> tuple[Tensor, Tensor]:
+        def job(replica: Replica, i: int | None, span: slice) -> tuple[Tensor, Tensor]:
             share = (span.stop - span.start) / len(draws.scoring_real)
             if i is None:
                 view = None if views is None else views.scoring_real[span]
                 logit, _ = self._judge(draws.scoring_real[span], view)
                 return logit.detach(), self._d_gradient(losses.real_half(logit) * share)
-            seat.hold(offspring[i], buffers[i])
+            replica.load(offspring[i], buffers[i])
             label = None if draws.scoring_label is None else draws.scoring_label[span]
-            with torch.no_grad(), frozen_statistics(seat.module):
-                fake, _ = self._run(seat.module, draws.scoring_noise[span], label)
+            with torch.no_grad(), frozen_statistics(replica.module):
+                fake, _ = self._run(replica.module, draws.scoring_noise[span], label)
             logit, _ = self._judge(fake, None if views is None else views.scoring_fake[span])
             gradient = self._d_gradient(losses.fake_half(logit) * share)
             return losses.quality_fitness(logit.detach()) * share, gradient

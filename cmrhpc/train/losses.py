@@ -88,8 +88,8 @@ def diversity_fitness(gradient: Tensor) -> Tensor:
 
 def r1_penalty(real_logit: Tensor, real: Tensor) -> Tensor:
     """1/2 E[||grad_x logit||^2] on real images (Mescheder et al. 2018); needs a graph from `real` to the logit."""
-    (slope,) = torch.autograd.grad(real_logit.sum(), real, create_graph=True)
-    return 0.5 * slope.square().flatten(1).sum(1).mean()
+    (gradient,) = torch.autograd.grad(real_logit.sum(), real, create_graph=True)
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def refiner_adversarial(logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from cmrhpc.train.evolution import Draws, Outcome, frozen_statistics
 
 
 class PlainEvolution:
-    """As `evolution.Evolution`, without classes. `parents` are (generator, its Adam) pairs, best first."""
+    """As `evolution.Evolution`, without classes and R1. `parents` are (generator, its Adam) pairs, best first."""
 
     def __init__(
         self,

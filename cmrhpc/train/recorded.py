@@ -30,7 +30,9 @@ CHECKS = 2  # replays that are held against the plain step
 SPARE = 1  # further ones without deterministic algorithms, where the plain step alone may sort near equals otherwise
 TOLERANCE = 0.05  # of what the step itself changes; a stale input or a lost update is off by all of it
 CLOSE = 0.01  # difference of two outputs that is none: those near 0, as F_d may be, have no relative difference
-ODD = 0.02  # share of tensors that may differ: the changes of a few are mere rounding, divided by its own size
+# Share of state tensors allowed to differ: for a few the change is itself rounding error, so a relative difference
+# means nothing.
+ODD = 0.02
 
 
 _refused = ""  # why a capture failed in this process: what CUDA holds after that is not tried a second time

@@ -52,29 +52,29 @@ class Taps(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def gradients(
-        self, y: Tensor, x: Tensor, slope: Tensor, factors: Tensor, parameters: Sequence[Tensor]
+        self, y: Tensor, x: Tensor, grad_output: Tensor, factors: Tensor, parameters: Sequence[Tensor]
     ) -> list[list[Tensor]] | None:
-        """For each row of factors (M, N): the gradients at `parameters` when that at y is factors[m] * slope.
+        """Gradients at `parameters` for each output gradient factors[m] * grad_output; factors (M, N).
 
-        None where a tapped weight's input does not come from x (a learned constant): then nothing can be told.
+        None if a tapped layer's input does not depend on x (a learned constant).
         """
-        torch.autograd.grad(y, x, slope, retain_graph=True)
-        self.open = False  # a later pass through the taps carries other slopes
+        torch.autograd.grad(y, x, grad_output, retain_graph=True)
+        self.open = False  # a later pass through the taps carries other gradients
         if any(tap.kept is None for tap in self.taps):
             return None
         weights: list[Tensor] = []
-        slopes: list[Tensor] = []
+        of_weights: list[Tensor] = []
         for tap in self.taps:
             assert tap.kept is not None
             weights += tap.weights
             with torch.no_grad():
-                slopes += tap.gradients(*tap.kept, factors)
+                of_weights += tap.gradients(*tap.kept, factors)
             tap.kept = None
         found = []
         for m, factor in enumerate(factors):
             more: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-            tapped = torch.autograd.grad(weights, parameters, [s[m] for s in slopes], **more)
-            scaled = slope * factor.to(slope.dtype).view(-1, *[1] * (slope.dim() - 1))
+            tapped = torch.autograd.grad(weights, parameters, [gradient[m] for gradient in of_weights], **more)
+            scaled = grad_output * factor.to(grad_output.dtype).view(-1, *[1] * (grad_output.dim() - 1))
             others = torch.autograd.grad(y, parameters, scaled, **more)
             found.append([_sum(a, b, p) for a, b, p in zip(tapped, others, parameters, strict=True)])
         return found
@@ -97,12 +97,12 @@ class _Tapped(torch.autograd.Function):
         return run(x)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         taps, tap, back = ctx.rest
         if taps.open:
-            tap.kept = (x, slope)
-        return back(x, slope), None, None, None, None
+            tap.kept = (x, grad_output)
+        return back(x, grad_output), None, None, None, None
 
 
 def _apply(taps: Taps, x: Tensor, tap: _Tap, run: Callable, back: Callable) -> Tensor:
@@ -120,27 +120,27 @@ def _convolution(
     fixed = (stride, padding, [1, 1], transposed, [0, 0], 1)
     plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
 
-    def back(x: Tensor, slope: Tensor, which: int = 0) -> Tensor:
+    def back(x: Tensor, grad_output: Tensor, which: int = 0) -> Tensor:
         mask = [which == 0, which == 1, False]
-        return torch.ops.aten.convolution_backward(slope, x, plain, None, *fixed, mask)[which]
+        return torch.ops.aten.convolution_backward(grad_output, x, plain, None, *fixed, mask)[which]
 
-    def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
+    def gradients(x: Tensor, grad_output: Tensor, factors: Tensor) -> list[Tensor]:
         """Every sample's own gradients once and then their sums with the factors; or, where images are so small that
         these sums would take longer, or so many that they would fill the memory, all samples' gradients per loss."""
         factors = factors.to(x.dtype)
-        positions = min(x[0, 0].numel(), slope[0, 0].numel())
+        positions = min(x[0, 0].numel(), grad_output[0, 0].numel())
         if x.device.type == "cpu" and positions >= LARGE and len(x) * plain.numel() <= TABLE:
             table = x.new_empty(len(x), plain.numel())
-            for row, x_one, slope_one in zip(table, x.split(1), slope.split(1), strict=True):
-                row.view(_last(plain).shape).copy_(_last(back(x_one, slope_one, 1)))
+            for row, x_one, grad_one in zip(table, x.split(1), grad_output.split(1), strict=True):
+                row.view(_last(plain).shape).copy_(_last(back(x_one, grad_one, 1)))
             found = (factors @ table).view(-1, *_last(plain).shape).movedim(4, 2)
         else:
             scales = factors[:, :, None, None, None]
-            if x.numel() < slope.numel():
-                found = torch.stack([back(x * scale, slope, 1) for scale in scales])
+            if x.numel() < grad_output.numel():
+                found = torch.stack([back(x * scale, grad_output, 1) for scale in scales])
             else:
-                found = torch.stack([back(x, slope * scale, 1) for scale in scales])
-        return [found] if bias is None else [found, factors @ slope.sum((2, 3))]
+                found = torch.stack([back(x, grad_output * scale, 1) for scale in scales])
+        return [found] if bias is None else [found, factors @ grad_output.sum((2, 3))]
 
     tap = _Tap([weight] if bias is None else [weight, bias], gradients)
     return _apply(taps, x, tap, lambda x: torch.convolution(x, plain, plain_bias, *fixed), back)
@@ -175,14 +175,14 @@ def _linear(taps: Taps, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     x, weight, bias = as_autocast(x, weight, bias)
     plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
 
-    def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
+    def gradients(x: Tensor, grad_output: Tensor, factors: Tensor) -> list[Tensor]:
         factors = factors.to(x.dtype)
         scaled = factors.unsqueeze(2) * x  # (M, N, in)
-        found = [slope.t() @ scaled]
-        return found if bias is None else [*found, factors @ slope]
+        found = [grad_output.t() @ scaled]
+        return found if bias is None else [*found, factors @ grad_output]
 
     tap = _Tap([weight] if bias is None else [weight, bias], gradients)
-    return _apply(taps, x, tap, lambda x: F.linear(x, plain, plain_bias), lambda x, slope: slope @ plain)
+    return _apply(taps, x, tap, lambda x: F.linear(x, plain, plain_bias), lambda x, grad_output: grad_output @ plain)
 
 
 def _group_norm(
@@ -201,19 +201,19 @@ def _group_norm(
         y, *moments[:] = torch.ops.aten.native_group_norm(x, plain, plain_bias, *sizes, eps)
         return y
 
-    def back(x: Tensor, slope: Tensor) -> Tensor:
+    def back(x: Tensor, grad_output: Tensor) -> Tensor:
         mask = [True, False, False]
-        slope = slope.to(x.dtype).contiguous(memory_format=_layout(x))
-        return torch.ops.aten.native_group_norm_backward(slope, x, *moments, plain, *sizes, mask)[0]
+        grad_output = grad_output.to(x.dtype).contiguous(memory_format=_layout(x))
+        return torch.ops.aten.native_group_norm_backward(grad_output, x, *moments, plain, *sizes, mask)[0]
 
-    def gradients(x: Tensor, slope: Tensor, factors: Tensor) -> list[Tensor]:
-        """Of every sample and channel first, then the factors: weight's is the sum of slope times normalised x."""
+    def gradients(x: Tensor, grad_output: Tensor, factors: Tensor) -> list[Tensor]:
+        """Of every sample and channel first, then the factors: weight's sums grad_output times normalised x."""
         wide = torch.promote_types(x.dtype, torch.float32)
         mean, scale = (m.to(wide).repeat_interleave(c // groups, dim=1) for m in moments)  # (N, C)
-        slopes = slope.sum((2, 3), dtype=wide)
-        products = (slope.to(wide) * x).sum((2, 3))
+        sums = grad_output.sum((2, 3), dtype=wide)
+        products = (grad_output.to(wide) * x).sum((2, 3))
         factors = factors.to(wide)
-        found = factors @ ((products - mean * slopes) * scale), factors @ slopes
+        found = factors @ ((products - mean * sums) * scale), factors @ sums
         return [f.to(weight.dtype) for f in found]
 
     return _apply(taps, x, _Tap([weight, bias], gradients), run, back)

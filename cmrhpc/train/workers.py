@@ -23,13 +23,13 @@ from cmrhpc.train.flat import Flat
 T = TypeVar("T")
 
 
-class Seat:
+class Replica:
     """A generator that one pass at a time may load and run."""
 
     def __init__(self, module: nn.Module):
         self.module, self.flat = module, Flat(module)
 
-    def hold(self, vector: Tensor, buffers: Tensor) -> None:
+    def load(self, vector: Tensor, buffers: Tensor) -> None:
         """Load one individual."""
         self.flat.vector.copy_(vector)
         self.flat.buffers.copy_(buffers)
@@ -38,42 +38,42 @@ class Seat:
 class Workers:
     """Runs jobs side by side on the CPU, one after the other elsewhere.
 
-    seats: the generator itself, and as many copies of it as there are further workers. count: by default torch's
+    replicas: the generator itself, and as many copies of it as there are further workers. count: by default torch's
     number of threads.
     """
 
     def __init__(self, generator: nn.Module, count: int | None = None):
         on_cpu = all(p.device.type == "cpu" for p in generator.parameters())
         self.count = (count or torch.get_num_threads()) if on_cpu else 1
-        self.seats = [Seat(copy.deepcopy(generator)) for _ in range(self.count - 1)]
-        self.seats.insert(0, Seat(generator))
-        self._free: queue.SimpleQueue[Seat] = queue.SimpleQueue()
-        for seat in self.seats:
-            self._free.put(seat)
+        self.replicas = [Replica(copy.deepcopy(generator)) for _ in range(self.count - 1)]
+        self.replicas.insert(0, Replica(generator))
+        self._free: queue.SimpleQueue[Replica] = queue.SimpleQueue()
+        for replica in self.replicas:
+            self._free.put(replica)
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, jobs: Sequence[Callable[[Seat], T]], alone: bool = False) -> list[T]:
+    def run(self, jobs: Sequence[Callable[[Replica], T]], alone: bool = False) -> list[T]:
         """Every job's result, in order. `alone`: one after the other, each on all threads."""
         if self.count == 1 or len(jobs) == 1 or alone:
-            return [job(self.seats[0]) for job in jobs]
+            return [job(self.replicas[0]) for job in jobs]
         if self._pool is None:
             threads = torch.get_num_threads()
             here = threading.Barrier(self.count)
             self._pool = ThreadPoolExecutor(self.count, initializer=_take_one_thread)
             list(self._pool.map(lambda _: here.wait(), range(self.count)))  # every thread starts now
             torch.set_num_threads(threads)  # what a new thread sets counts for later ones too
-        return [future.result() for future in [self._pool.submit(self._sit, job) for job in jobs]]
+        return [future.result() for future in [self._pool.submit(self._on_replica, job) for job in jobs]]
 
-    def _sit(self, job: Callable[[Seat], T]) -> T:
-        seat = self._free.get()
+    def _on_replica(self, job: Callable[[Replica], T]) -> T:
+        replica = self._free.get()
         try:
-            return job(seat)
+            return job(replica)
         finally:
-            self._free.put(seat)
+            self._free.put(replica)
 
 
 def _take_one_thread() -> None:
-    """A thread's first question for its number of threads gives it that of the process, so ask before setting it."""
+    """Query before setting: a new thread's first query resets its count to the process's."""
     torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -19,7 +19,7 @@ from cmrhpc.train.compute import setup_compute
 from cmrhpc.train.evolution import Evolution, frozen_statistics
 from cmrhpc.train.flat import Flat, adam_rates, adam_step, flat_order
 from cmrhpc.train.plain import PlainEvolution
-from cmrhpc.train.workers import Seat, Workers, keep_no_state
+from cmrhpc.train.workers import Replica, Workers, keep_no_state
 from tests.train import small
 
 NAMES = ("minimax", "heuristic", "least-squares")
@@ -170,14 +170,14 @@ def test_workers_have_one_thread_each_and_leave_the_others_theirs() -> None:
         workers = Workers(nn.Linear(2, 2), 2)
         here = threading.Barrier(2)
 
-        def job(seat: Seat) -> tuple[int, int, int]:
+        def job(replica: Replica) -> tuple[int, int, int]:
             here.wait(60)
             torch.randn(300, 300) @ torch.randn(300, 300)
-            return torch.get_num_threads(), threading.get_ident(), id(seat)
+            return torch.get_num_threads(), threading.get_ident(), id(replica)
 
         told = workers.run([job] * 2)
         assert [threads for threads, _, _ in told] == [1, 1]
-        assert len({ident for _, ident, _ in told}) == len({seat for _, _, seat in told}) == 2
+        assert len({ident for _, ident, _ in told}) == len({replica for _, _, replica in told}) == 2
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
