@@ -324,7 +324,7 @@ def submit_all(
                 ours.renew()
                 same, report = (planned.stage, planned.ask), planned.stage == "aggregate"
                 needed = planned.needs if report else (*planned.needs, *planned.after)
-                if lost.intersection(needed) or same in refusals or (report and not sent):
+                if lost.intersection(needed) or same in refusals or (report and refusals and not sent):
                     lost.add(planned.name)
                     continue
                 array = dataclasses.replace(planned, after=tuple(n for n in planned.after if n not in lost))

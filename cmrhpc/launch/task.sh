@@ -36,7 +36,13 @@ if [ -z "${CMRHPC_TASKS:-}${SLURM_ARRAY_TASK_ID:-}" ] && [[ $stage != @(ingest|a
     echo "which task of $stage? sbatch had an empty --array, perhaps because nothing is missing" >&2
     exit 2
 fi
-read -ra tasks <<< "${CMRHPC_TASKS:-$((${SLURM_ARRAY_TASK_ID:-0} + 10#$offset))}"
+# No here-string: before bash 5.1 it is a temporary file, and a full /tmp would leave no task.
+# shellcheck disable=SC2206
+tasks=(${CMRHPC_TASKS:-$((${SLURM_ARRAY_TASK_ID:-0} + 10#$offset))})
+if [ ${#tasks[@]} -eq 0 ]; then
+    echo "which task of $stage? CMRHPC_TASKS names none" >&2
+    exit 3
+fi
 command=(cmrhpc task "$workspace" --stage "$stage")
 
 # Inside an image: it sees the workspace, a GPU where there is one, and its own checksum, which goes into the shard.
@@ -46,13 +52,13 @@ if [ -n "${CMRHPC_CONTAINER:-}" ]; then
         exit 3
         ;;
     esac
-    gpu=()
+    gpu=()  # empty, it is an unset variable to bash before 4.4
     [ ! -e /dev/nvidiactl ] || gpu=(--nv)
     read -r CMRHPC_CONTAINER_SHA256 _ < "$CMRHPC_CONTAINER.sha256" || echo "no checksum beside $CMRHPC_CONTAINER" >&2
     export CMRHPC_CONTAINER_SHA256
     # The options are words on purpose.
     # shellcheck disable=SC2206
-    command=(apptainer --quiet exec "${gpu[@]}" --bind "$workspace" ${CMRHPC_CONTAINER_OPTIONS:-} "$CMRHPC_CONTAINER" "${command[@]}")
+    command=(apptainer --quiet exec ${gpu[@]+"${gpu[@]}"} --bind "$workspace" ${CMRHPC_CONTAINER_OPTIONS:-} "$CMRHPC_CONTAINER" "${command[@]}")
 fi
 
 # What a task says goes to its log. Slurm's own file keeps Slurm's own words; without any it is taken away.

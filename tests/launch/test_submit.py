@@ -321,6 +321,33 @@ def test_an_array_that_is_refused_holds_up_no_other(ready: Workspace, program: P
     assert f"{sum(len(a.tasks) for a in planned)} of 19 tasks" in str(raised.value)
 
 
+def test_a_report_that_alone_is_missing_is_sent(workspace: Workspace, program: Put) -> None:
+    program("squeue", "exit 0")
+    write_all(workspace)
+    sent = []
+
+    class Job:
+        job_id = "50"
+
+    def send(array, jobs):  # type: ignore[no-untyped-def]
+        sent.append(array.name)
+        return [Job()]
+
+    assert len(submit.submit_all(workspace, parse_profile(PROFILE), Limits(), send)) == 1
+    assert sent == ["aggregate"]
+
+
+def test_where_all_is_refused_no_report_is_sent(ready: Workspace, program: Put) -> None:
+    program("squeue", "exit 0")
+
+    def send(array, jobs):  # type: ignore[no-untyped-def]
+        assert array.stage != "aggregate"
+        raise BadInput("Slurm refuses the job", array.name, "mend the profile")
+
+    with pytest.raises(BadInput, match="sent:  0 of 19 tasks"):
+        submit.submit_all(ready, parse_profile(PROFILE), Limits(), send)
+
+
 def test_a_later_failure_does_not_take_the_time_away_again(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
     write_submission(ready, dataclasses.replace(SENT, job="8", time=2e9, time_limit_s=12 * 3600))

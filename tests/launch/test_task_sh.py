@@ -74,6 +74,16 @@ def test_a_job_that_is_no_array_runs_no_training(place: Path) -> None:
     assert not (place / "logs").exists()
 
 
+def test_an_element_of_no_task_does_not_pass_for_one_that_is_done(place: Path) -> None:
+    assert start(place, " ").wait(60) == 3
+    assert not (place / "logs").exists()
+
+
+def test_no_part_of_it_needs_a_temporary_file() -> None:
+    """As a here-string is one before bash 5.1: on a full /tmp the list of tasks would be empty."""
+    assert "<<" not in TASK_SH.read_text()
+
+
 def test_a_workspace_that_apptainer_would_cut_is_told(place: Path) -> None:
     (place / "a:b").mkdir()
     inside = {"CMRHPC_TASKS": "0", "CMRHPC_CONTAINER": "x.sif"}
