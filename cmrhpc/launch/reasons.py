@@ -15,9 +15,9 @@ _WAITS = {
     "Dependency": "waits for another job",
     "BeginTime": "waits in the queue: may start in a moment",
     "JobArrayTaskLimit": "waits in the queue: as many elements of its array run as may at once",
-    "JobHeldUser": "is held by its user: `scontrol release` lets it go",
+    "JobHeldUser": "is held by its user: `scontrol release` releases it",
     "JobHeldAdmin": "is held by an administrator",
-    "JobHoldMaxRequeue": "is held, it was requeued too often: `scontrol release` lets it go",
+    "JobHoldMaxRequeue": "is held, it was requeued too often: `scontrol release` releases it",
     "Licenses": "waits in the queue: no free licence",
     "Reservation": "waits for its reservation",
     "PartitionDown": "waits: its partition is down",
@@ -37,7 +37,6 @@ _ENDS = {
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "out of memory: submit again with more",
     "PREEMPTED": "preempted by another job, and not requeued",
-    "REVOKED": "taken back by another cluster",
     "TIMEOUT": "out of time: its job reached its time limit",
 }
 _BEFORE = {

@@ -1,6 +1,6 @@
-"""Asks Slurm. Each question is one command with a time limit; a Slurm that is missing, broken or slow is None.
+"""Asks Slurm. Each question is one command with a time limit; None if Slurm is missing, broken or too slow.
 
-Nothing here changes anything. What squeue and sacct say informs; that a task is done says its shard alone.
+Nothing here changes anything. What squeue and sacct say informs; only its shard says that a task is done.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import IO
 
 PATIENCE_S = 10.0  # a controller that has not answered by then is overloaded or gone
 # States in which an element has ended, and comes back only if somebody asks for it.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
-ENDED |= {"REVOKED", "TIMEOUT"}
+ENDED |= {"TIMEOUT"}  # REVOKED is not among them: another cluster of a federation runs it
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_ARRAY = re.compile(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]")  # 7_[0-9,12%2]: elements that accounting has in one line
 # Settings of the user that would change what the commands print.
 _PERSONAL = ("SQUEUE_", "SACCT_", "SINFO_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_CONF_SERVER_FORMAT")
 
@@ -31,7 +33,7 @@ class Element:
 
     state: Slurm's word, e.g. PENDING. reason: Slurm's word why it waits, empty where it says none. node: where it runs
     or ran. by: user number of who cancelled it. exit_code, signal: of the batch script. before: states in which earlier
-    runs of this element ended, oldest first (accounting only). folder, name, comment: as submitted (queue only).
+    runs of this element ended, oldest first (accounting only). name, comment: as submitted (the comment: queue only).
     """
 
     state: str
@@ -41,7 +43,6 @@ class Element:
     exit_code: int = 0
     signal: int = 0
     before: tuple[str, ...] = ()
-    folder: str = ""
     name: str = ""
     comment: str = ""
 
@@ -100,14 +101,16 @@ def ask(command: list[str], seconds: float | None = None, environment: dict[str,
     """Run a program that only asks. Never raises and never outlasts its time limit by more than a second.
 
     seconds: instead of `patience()`. Its output goes to files: a pipe held open by a stuck child would hold us too.
+    In memory where that can be: on a full disk an answer would be cut short.
     """
     if shutil.which(command[0]) is None:
         return Answer(None, err=f"{command[0]} is not installed here")
     seconds = patience() if seconds is None else seconds
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PERSONAL)}
     settings = kept | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"} | (environment or {})
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with contextlib.ExitStack() as stack:
         try:
+            out, err = (stack.enter_context(_file()) for _ in range(2))
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=settings, start_new_session=True
             )
@@ -131,6 +134,13 @@ def ask(command: list[str], seconds: float | None = None, environment: dict[str,
     return Answer(code, said, complaint.strip())
 
 
+def _file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        with contextlib.suppress(OSError):  # Linux before 3.17 has none
+            return os.fdopen(os.memfd_create("answer"), "w+b")
+    return tempfile.TemporaryFile()
+
+
 def queue(jobs: Iterable[str] | None = None) -> dict[str, Element] | None:
     """Elements of the given jobs (None: of all jobs of this user) as slurmctld knows them.
 
@@ -141,7 +151,8 @@ def queue(jobs: Iterable[str] | None = None) -> dict[str, Element] | None:
     if wanted is not None and not wanted:
         return {}
     whose = [f"--user={os.getuid()}"] if wanted is None else [f"--jobs={','.join(wanted)}"]
-    answer = ask(["squeue", "--noheader", "--array", "--states=all", *whose, "--format=%i|%T|%r|%N|%Z|%j|%k"])
+    # --all: hidden partitions too.
+    answer = ask(["squeue", "--all", "--noheader", "--array", "--states=all", *whose, "--format=%i|%T|%r|%N|%j|%k"])
     if answer.code is None or answer.code != 0:
         # A single number that it has forgotten is an error to squeue; several are not.
         return {} if answer.code == 1 and "Invalid job id" in answer.err else None
@@ -149,15 +160,20 @@ def queue(jobs: Iterable[str] | None = None) -> dict[str, Element] | None:
 
 
 def parse_queue(text: str) -> dict[str, Element]:
-    """What `squeue --format=%i|%T|%r|%N|%Z|%j|%k` printed. Only the comment, last, may hold the separator."""
-    found = {}
+    """What `squeue --format=%i|%T|%r|%N|%j|%k` printed. Only the comment, last, may hold the separator.
+
+    A federation may have a line for each cluster: the one that has not ended holds.
+    """
+    found: dict[str, Element] = {}
     for line in text.splitlines():
-        fields = line.split("|", 6)
-        if len(fields) == 7 and fields[0][:1].isdigit():
-            key, state, reason, node, folder, name, comment = (
+        fields = line.split("|", 5)
+        if len(fields) == 6 and fields[0][:1].isdigit():
+            key, state, reason, node, name, comment = (
                 "" if field in ("(null)", "None", "n/a") else field.strip() for field in fields
             )
-            found[key] = Element(state, reason, node, folder=folder, name=name, comment=comment)
+            element = Element(state, reason, node, name=name, comment=comment)
+            if key not in found or found[key].ended or not element.ended:
+                found[key] = element
     return found
 
 
@@ -166,45 +182,74 @@ def accounting(jobs: Iterable[str]) -> dict[str, Element] | None:
     wanted = sorted(set(jobs))
     if not wanted:
         return {}
-    columns = "jobid,state,exitcode,nodelist"
-    command = ["sacct", "--noheader", "--parsable2", "--duplicates", "--array"]
-    command += [f"--jobs={','.join(wanted)}", f"--format={columns}"]
-    answer = ask(command)
+    command = ["sacct", "--noheader", "--parsable2", "--duplicates"]
+    command += [f"--jobs={','.join(wanted)}", "--format=jobid,state,exitcode,nodelist,jobname"]
+    if cluster := os.environ.get("SLURM_CLUSTERS"):  # which squeue reads, and sacct does not
+        command.append(f"--clusters={cluster}")
+    whole = {"SLURM_BITSTR_LEN": "0"}  # of 7_[0-9,12], which is cut short otherwise
+    each = ["--array"]
+    answer = ask(command + each, environment=whole)
+    if answer.code is not None and "unrecognized option" in answer.err:  # Slurm before 23.02
+        each = []
+        answer = ask(command, environment=whole)
     if answer.code != 0:  # steps are several lines for each element: too many for a slow database
-        answer = ask([*command, "--allocations"])
+        answer = ask([*command, *each, "--allocations"], environment=whole)
     return parse_accounting(answer.out) if answer.code == 0 else None
 
 
 def parse_accounting(text: str) -> dict[str, Element]:
-    """What `sacct --duplicates --format=jobid,state,exitcode,nodelist` printed: in order each run and its steps.
+    """What `sacct --duplicates --format=jobid,state,exitcode,nodelist,jobname` printed: each run, its steps after it.
 
     A step that ran out of memory says so, where its job only FAILED: srun's exit code is all that its script saw.
+    Runs of another name are of another job, whose number came back: the last one holds.
     """
     found: dict[str, Element] = {}
+    waiting: dict[str, Element] = {}  # elements that have no line of their own
     for line in text.splitlines():
-        fields = line.split("|")
-        if len(fields) != 4 or not re.fullmatch(r"\d+(_\d+)?(\.\w+)?", fields[0]):
-            continue  # elements that nobody has looked at yet may be one line, 7_[0-99]
-        name, words, exit_code, node = fields
-        key, step, _ = name.partition(".")
+        fields = line.split("|", 4)
+        if len(fields) != 5:
+            continue
+        job_id, words, exit_code, node, name = fields
+        if array := _ARRAY.fullmatch(job_id):
+            state, by = _state(words)
+            waiting |= {f"{array[1]}_{k}": Element(state, by=by, name=name) for k in _elements(array[2])}
+            continue
+        if not re.fullmatch(r"\d+(_\d+)?(\.\w+)?", job_id):
+            continue
+        key, step, _ = job_id.partition(".")
         if step:
             job = found.get(key)
             if job and words == "OUT_OF_MEMORY" and job.state == "FAILED":
                 found[key] = replace(job, state=words)
             continue
-        state, _, by = words.partition(" by ")
+        state, by = _state(words)
         code, _, number = exit_code.partition(":")
         earlier = found.get(key)
-        before = (*earlier.before, earlier.state) if earlier else ()
+        before = (*earlier.before, earlier.state) if earlier and earlier.name == name else ()
         found[key] = Element(
-            state.split(" ")[0].rstrip("+"),
+            state,
             node="" if node == "None assigned" else node,
             by=by,
             exit_code=int(code) if code.isdigit() else 0,
             signal=int(number) if number.isdigit() else 0,
             before=before,
+            name=name,
         )
-    return found
+    return waiting | found
+
+
+def _state(words: str) -> tuple[str, str]:
+    """`CANCELLED by 1000` -> its state and the number of the user."""
+    state, _, by = words.partition(" by ")
+    return state.split(" ")[0].rstrip("+"), by
+
+
+def _elements(ranges: str) -> Iterator[int]:
+    """`0-9,12` or `0-8:4` -> each number."""
+    for part in ranges.split(","):
+        if found := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = found.groups()
+            yield from range(int(first), int(last or first) + 1, int(step or 1) or 1)
 
 
 def limits(account: str = "", qos: str = "") -> Limits:
@@ -275,8 +320,8 @@ def version() -> str | None:
 
 
 def partitions() -> list[Partition] | None:
-    """The partitions that this user may see; None where Slurm does not answer."""
-    answer = ask(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%G"])
+    """All partitions, hidden ones too; None where Slurm does not answer."""
+    answer = ask(["sinfo", "--all", "--noheader", "--format=%P|%a|%l|%D|%G"])
     return parse_partitions(answer.out) if answer.code == 0 else None
 
 

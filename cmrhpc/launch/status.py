@@ -180,12 +180,8 @@ class _Jobs:
             found[record.key] = None
         for submission, element in self.by_task.get((stage, index), ()):
             key = submission.key(element)
-            if key not in self.elements and element == 0:
-                key = submission.job  # an array of one that was submitted as a plain job
-            named = self.elements[key].name if key in self.elements else ""
-            if named and submission.name and named != submission.name:
-                continue  # a number that came back, on a cluster that counts anew
-            found[key] = submission
+            if key not in self.elements or submission.find(element, self.elements):
+                found[key] = submission
         listed = sorted((key for key in found if key in self.elements), key=_job_number)
         return [(key, self.elements[key], found[key]) for key in listed]
 
@@ -308,7 +304,12 @@ class _Jobs:
 
 
 def _merged(queued: Element, accounted: Element) -> Element:
-    """The queue knows the present, accounting the past: who cancelled, how it ended, earlier runs."""
+    """The queue knows the present, accounting the past: who cancelled, how it ended, earlier runs.
+
+    Of another name, it is a job of the same number before that.
+    """
+    if accounted.name != queued.name:
+        return queued
     if queued.ended:
         same = accounted.state in (queued.state, "OUT_OF_MEMORY")  # of a step, which the queue does not show
         return replace(accounted, reason=queued.reason) if same else queued

@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cmrhpc import files
+from cmrhpc.launch.slurm import Element
 from cmrhpc.planning import STAGES
 from cmrhpc.workspace import Workspace
 
@@ -45,6 +47,14 @@ class Submission:
     def key(self, element: int) -> str:
         """How squeue and sacct call an element, as `slurm.queue` keys it. An array of one element is a plain job."""
         return f"{self.job}_{element}" if len(self.elements) > 1 else self.job
+
+    def find(self, element: int, told: Mapping[str, Element]) -> Element | None:
+        """One of its elements among those that Slurm tells of; None where it does not.
+
+        A number comes back when a cluster starts counting anew: then the name is another.
+        """
+        found = told.get(self.key(element))
+        return found if found and (found.name == self.name or not (found.name and self.name)) else None
 
 
 def folder(workspace: Workspace) -> Path:

@@ -90,12 +90,10 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
     found, tasks = {}, {}
     for submission in submissions:
         for k, indices in enumerate(submission.elements):
-            key = submission.key(k)
-            # A number comes back when a cluster starts counting anew: then the name is another.
-            if key not in elements or elements[key].name not in ("", submission.name):
+            if not (element := submission.find(k, elements)):
                 continue
-            found[key] = elements[key]
-            if not elements[key].ended:
+            found[submission.key(k)] = element
+            if not element.ended:
                 tasks.update({(submission.stage, index): submission.job for index in indices})
     rest = {key: e for key, e in own.items() if key not in found and not e.ended}
     plain = _sent_by_others(workspace, rest)
@@ -238,7 +236,7 @@ def more_for_what_lacked_it(
     for submission in tried:
         together = max(len(element) for element in submission.elements)
         for k, indices in enumerate(submission.elements):
-            state = told[submission.key(k)].state if submission.key(k) in told else ""
+            state = element.state if (element := submission.find(k, told)) else ""
             for task in ((submission.stage, index) for index in indices):
                 if task not in wanted or state not in ("TIMEOUT", "OUT_OF_MEMORY"):
                     continue

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -14,44 +17,44 @@ from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
 
 QUEUE = """\
-13|PENDING|BeginTime||/shared|k.sbatch|(null)
-12_0|PENDING|JobHeldUser||/shared|k.sbatch|(null)
-1_0|CANCELLED|None|n1|/shared|j.sh|(null)
-4|RUNNING|None|n[1-2]|/a b|j.sh|cmrhpc x|y
+13|PENDING|BeginTime||k.sbatch|(null)
+12_0|PENDING|JobHeldUser||k.sbatch|(null)
+1_0|CANCELLED|None|n1|j.sh|(null)
+4|RUNNING|None|n[1-2]|j.sh|cmrhpc x|y
 squeue: a word nobody asked for
 """
 
 ACCOUNTING = """\
-4|COMPLETED|0:0|n1
-1_0|CANCELLED by 1000|0:15|n1
-2_9|CANCELLED by 1000|0:0|None assigned
-13|PREEMPTED|0:0|n[1-2]
-13|NODE_FAIL|1:0|n2
-7_3|OUT_OF_MEMORY|0:125|n1
-8_5|FAILED|75:0|n1
-8_5.batch|FAILED|75:0|n1
-8_5.extern|COMPLETED|0:0|n1
-8_5.0|FAILED|75:0|n1
-10_2|FAILED|1:0|n1
-10_2.batch|FAILED|1:0|n1
-10_2.0|OUT_OF_MEMORY|0:125|n1
-11|FAILED|1:0|n1
-11.0|OUT_OF_MEMORY|0:125|n1
-11|RUNNING|0:0|n2
-11.extern|RUNNING|0:0|n2
-14|COMPLETED|0:0|n1
-14.0|OUT_OF_MEMORY|0:125|n1
-9_[1-9%2]|PENDING|0:0|None assigned
-13|PENDING|0:0|None assigned
+4|COMPLETED|0:0|n1|j
+1_0|CANCELLED by 1000|0:15|n1|j
+2_9|CANCELLED by 1000|0:0|None assigned|j
+13|PREEMPTED|0:0|n[1-2]|j
+13|NODE_FAIL|1:0|n2|j
+7_3|OUT_OF_MEMORY|0:125|n1|j
+8_5|FAILED|75:0|n1|j
+8_5.batch|FAILED|75:0|n1|batch
+8_5.extern|COMPLETED|0:0|n1|extern
+8_5.0|FAILED|75:0|n1|0
+10_2|FAILED|1:0|n1|j
+10_2.batch|FAILED|1:0|n1|batch
+10_2.0|OUT_OF_MEMORY|0:125|n1|0
+11|FAILED|1:0|n1|j
+11.0|OUT_OF_MEMORY|0:125|n1|0
+11|RUNNING|0:0|n2|j
+11.extern|RUNNING|0:0|n2|extern
+14|COMPLETED|0:0|n1|j
+14.0|OUT_OF_MEMORY|0:125|n1|0
+9_[1-9%2]|PENDING|0:0|None assigned|j
+13|PENDING|0:0|None assigned|j
 """
 
 
 def test_queue_as_printed() -> None:
     assert slurm.parse_queue(QUEUE) == {
-        "13": Element("PENDING", "BeginTime", folder="/shared", name="k.sbatch"),
-        "12_0": Element("PENDING", "JobHeldUser", folder="/shared", name="k.sbatch"),
-        "1_0": Element("CANCELLED", node="n1", folder="/shared", name="j.sh"),
-        "4": Element("RUNNING", node="n[1-2]", folder="/a b", name="j.sh", comment="cmrhpc x|y"),
+        "13": Element("PENDING", "BeginTime", name="k.sbatch"),
+        "12_0": Element("PENDING", "JobHeldUser", name="k.sbatch"),
+        "1_0": Element("CANCELLED", node="n1", name="j.sh"),
+        "4": Element("RUNNING", node="n[1-2]", name="j.sh", comment="cmrhpc x|y"),
     }
 
 
@@ -59,7 +62,10 @@ STATES = ("FAILED", "TIMEOUT", "CANCELLED", "PREEMPTED", "COMPLETED")
 
 
 def test_accounting_as_printed() -> None:
-    assert slurm.parse_accounting(ACCOUNTING) == {
+    told = slurm.parse_accounting(ACCOUNTING)
+    assert {element.name for element in told.values()} == {"j"}
+    assert {key: replace(element, name="") for key, element in told.items()} == {
+        **{f"9_{k}": Element("PENDING") for k in range(1, 10)},
         "4": Element("COMPLETED", node="n1"),
         "1_0": Element("CANCELLED", node="n1", by="1000", signal=15),
         "2_9": Element("CANCELLED", by="1000"),
@@ -72,8 +78,57 @@ def test_accounting_as_printed() -> None:
     }
 
 
+def test_accounting_without_a_line_for_each_element() -> None:
+    """As Slurm before 23.02 prints it."""
+    told = slurm.parse_accounting(
+        "7_[1-2,9%2]|PENDING|0:0|None assigned|j\n7_1|RUNNING|0:0|n1|j\n"
+        "8_[0-4:4]|CANCELLED by 5|0:0|None assigned|j|k\n"
+        "9_[3,...]|PENDING|0:0|None assigned|j\n"
+    )
+    assert told == {
+        "7_1": Element("RUNNING", node="n1", name="j"),
+        "7_2": Element("PENDING", name="j"),
+        "7_9": Element("PENDING", name="j"),
+        "8_0": Element("CANCELLED", by="5", name="j|k"),
+        "8_4": Element("CANCELLED", by="5", name="j|k"),
+    }
+
+
+def test_a_job_of_another_name_is_no_earlier_run() -> None:
+    told = slurm.parse_accounting("7|PREEMPTED|0:0|n1|old\n7|NODE_FAIL|0:0|n1|new\n7|RUNNING|0:0|n1|new\n")
+    assert told == {"7": Element("RUNNING", node="n1", name="new", before=("NODE_FAIL",))}
+
+
+def test_of_a_federation_the_job_that_lives_counts() -> None:
+    lines = ["7|RUNNING|None|n1|j|c", "7|CANCELLED|None||j|c"]
+    for order in (lines, lines[::-1]):
+        assert slurm.parse_queue("\n".join(order)) == {"7": Element("RUNNING", node="n1", name="j", comment="c")}
+    assert not slurm.parse_queue("7|REVOKED|None||j|c")["7"].ended  # it runs on another cluster
+
+
+def test_accounting_of_an_old_slurm_is_asked_for_again(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sacct knows no --array, and prints the elements of an array in one line, cut short unless told otherwise."""
+    program(
+        "sacct",
+        "[[ $* != *--array* ]] || { echo \"sacct: unrecognized option '--array'\" >&2; exit 1; }\n"
+        "[[ $* = *--clusters=far* ]] || exit 1\n"
+        "[ $SLURM_BITSTR_LEN = 0 ] && echo '7_[0,2]|PENDING|0:0|None assigned|j'",
+    )
+    monkeypatch.setenv("SLURM_CLUSTERS", "far")
+    assert slurm.accounting(["7"]) == {"7_0": Element("PENDING", name="j"), "7_2": Element("PENDING", name="j")}
+
+
+def test_an_answer_needs_no_disk(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full /tmp the queue would look empty."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    program("squeue", "echo '1|RUNNING|None|n1|a|(null)'")
+    assert slurm.queue() == {"1": Element("RUNNING", node="n1", name="a")}
+    monkeypatch.delattr(os, "memfd_create")
+    assert slurm.queue() is None
+
+
 def test_a_step_out_of_memory_explains_a_failure_and_nothing_else() -> None:
-    text = "".join(f"{job}|{state}|0:0|n1\n{job}.0|OUT_OF_MEMORY|0:125|n1\n" for job, state in enumerate(STATES, 1))
+    text = "".join(f"{job}|{state}|0:0|n1|j\n{job}.0|OUT_OF_MEMORY|0:125|n1|s\n" for job, state in enumerate(STATES, 1))
     assert [e.state for e in slurm.parse_accounting(text).values()] == ["OUT_OF_MEMORY", *STATES[1:]]
 
 
@@ -145,8 +200,8 @@ def test_slurm_that_complains_is_none(program: Put) -> None:
 def test_personal_settings_do_not_reach_the_commands(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_FORMAT", "%i")
     monkeypatch.setenv("SACCT_FORMAT", "jobid")
-    program("squeue", "[ -z ${SQUEUE_FORMAT+x} ] && [ -z ${SACCT_FORMAT+x} ] && echo '1|RUNNING|None|n1|/|a|(null)'")
-    assert slurm.queue() == {"1": Element("RUNNING", node="n1", folder="/", name="a")}
+    program("squeue", "[ -z ${SQUEUE_FORMAT+x} ] && [ -z ${SACCT_FORMAT+x} ] && echo '1|RUNNING|None|n1|a|(null)'")
+    assert slurm.queue() == {"1": Element("RUNNING", node="n1", name="a")}
 
 
 def test_nothing_is_asked_of_no_jobs(program: Put) -> None:

@@ -110,10 +110,10 @@ def test_states(
     write_submission(workspace, SUBMITTED)
     if state:
         note(workspace, replace(FAR, state=state, reason="the reason of the record\nand more"))
-    others = "echo '38|COMPLETED|None|n1|/|x|(null)'; echo '39_0|RUNNING|None|n1|/|x|(null)'"
-    program("squeue", f"{others}; echo '40_1|{queue}|/|cmrhpc|(null)'" if queue else "exit 0")
+    others = "echo '38|COMPLETED|None|n1|x|(null)'; echo '39_0|RUNNING|None|n1|x|(null)'"
+    program("squeue", f"{others}; echo '40_1|{queue}|cmrhpc|(null)'" if queue else "exit 0")
     # Where accounting says nothing, it may as well be off.
-    for accounting in [f"echo '40_1|{sacct}'"] if sacct else ["exit 0", OFF]:
+    for accounting in [f"echo '40_1|{sacct}|cmrhpc'"] if sacct else ["exit 0", OFF]:
         program("sacct", accounting)
         found = judged(workspace)
         assert found.word == expected[0]
@@ -140,7 +140,7 @@ def test_slurm_that_does_not_answer(workspace: Workspace, program: Put) -> None:
 
 def test_accounting_answers_when_the_controller_does_not(workspace: Workspace, program: Put) -> None:
     program("squeue", "exit 1")
-    program("sacct", "echo '40_1|RUNNING|0:0|n1'; echo '40_0|CANCELLED by 0|0:15|n1'")
+    program("sacct", "echo '40_1|RUNNING|0:0|n1|x'; echo '40_0|CANCELLED by 0|0:15|n1|x'")
     write_submission(workspace, SUBMITTED)
     note(workspace, FAR)
     found = status(workspace)
@@ -163,7 +163,7 @@ def test_without_slurm_the_process_is_asked(workspace: Workspace) -> None:
 def test_plain_arrays_are_known_by_their_records(workspace: Workspace, program: Put) -> None:
     """Tasks 0 and 2 of the same array have no record yet."""
     note(workspace, FAR)
-    program("squeue", "printf '40_%s|PENDING|Resources||/|x|(null)\\n' 0 2; echo '40_1|RUNNING|None|n2|/|x|(null)'")
+    program("squeue", "printf '40_%s|PENDING|Resources||x|(null)\\n' 0 2; echo '40_1|RUNNING|None|n2|x|(null)'")
     program("sacct", OFF)
     assert [(t.word, t.job) for t in status(workspace).stages[STAGE].tasks] == [
         ("waiting", "40_0"),
@@ -175,16 +175,16 @@ def test_plain_arrays_are_known_by_their_records(workspace: Workspace, program: 
 
 def test_plain_arrays_with_an_offset(workspace: Workspace, program: Put) -> None:
     note(workspace, replace(FAR, element="0"), index=2)
-    program("squeue", "echo '40_1|PENDING|Resources||/|x|(null)'; echo '40_0|RUNNING|None|n2|/|x|(null)'")
+    program("squeue", "echo '40_1|PENDING|Resources||x|(null)'; echo '40_0|RUNNING|None|n2|x|(null)'")
     program("sacct", OFF)
     assert [t.job for t in status(workspace).stages[STAGE].tasks] == ["", "", "40_0", "40_1"]
 
 
 def test_array_that_has_not_begun_is_guessed_by_its_name(workspace: Workspace, program: Put) -> None:
-    program("squeue", f"echo '40_3|PENDING|Resources||/|{STAGE}|(null)'")
+    program("squeue", f"echo '40_3|PENDING|Resources||{STAGE}|(null)'")
     assert "perhaps in job 40_3: waits in the queue: no free" in judged(workspace, 3).reason
     assert "perhaps" not in judged(workspace, 2).reason
-    program("squeue", f"echo '41_3|FAILED|None|n1|/|{STAGE}|(null)'; echo '40_3|PENDING|Resources||/|{STAGE}|(null)'")
+    program("squeue", f"echo '41_3|FAILED|None|n1|{STAGE}|(null)'; echo '40_3|PENDING|Resources||{STAGE}|(null)'")
     found = judged(workspace, 3)
     assert found.reason == "not started; job 41_3 of this name may have been its own: its job failed"
     assert not found.queued
@@ -192,7 +192,7 @@ def test_array_that_has_not_begun_is_guessed_by_its_name(workspace: Workspace, p
 
 def test_several_tasks_of_one_element(workspace: Workspace, program: Put) -> None:
     write_submission(workspace, SUBMITTED)
-    program("squeue", "echo '40_2|RUNNING|None|n1|/|x|(null)'")
+    program("squeue", "echo '40_2|RUNNING|None|n1|x|(null)'")
     program("sacct", "exit 0")
     assert [(judged(workspace, index).word, judged(workspace, index).job) for index in (2, 3)] == [
         ("running", "40_2")
@@ -201,7 +201,7 @@ def test_several_tasks_of_one_element(workspace: Workspace, program: Put) -> Non
 
 def test_array_of_one_without_a_number(workspace: Workspace, program: Put) -> None:
     write_submission(workspace, Submission("41", STAGE, ((1,),), time.time()))
-    program("squeue", "echo '41|RUNNING|None|n1|/|x|(null)'")
+    program("squeue", "echo '41|RUNNING|None|n1|x|(null)'")
     program("sacct", "exit 0")
     assert judged(workspace).job == "41"
 
@@ -210,14 +210,23 @@ def test_a_number_that_came_back_is_somebody_elses(workspace: Workspace, program
     write_submission(workspace, replace(SUBMITTED, name="synthesize-aa"))
     program("sacct", OFF)
     for name, word in (("synthesize-aa", "running"), ("somebody-elses", "failed")):
-        program("squeue", f"echo '40_1|RUNNING|None|n3|/|{name}|(null)'")
+        program("squeue", f"echo '40_1|RUNNING|None|n3|{name}|(null)'")
         assert judged(workspace).word == word
+
+
+def test_what_accounting_has_of_another_job_of_that_number_is_not_believed(workspace: Workspace, program: Put) -> None:
+    write_submission(workspace, replace(SUBMITTED, name="synthesize-aa"))
+    for queue in ("exit 0", "echo '40_1|PENDING|Priority||synthesize-aa|(null)'"):
+        program("squeue", queue)
+        program("sacct", "echo '40_1|CANCELLED by 0|0:0|n1|somebody-elses'")
+        assert "cancelled by" not in judged(workspace).reason
+        assert "requeued" not in judged(workspace).reason
 
 
 def test_a_job_that_ended_before_its_task_began_shows_what_slurm_wrote(workspace: Workspace, program: Put) -> None:
     write_submission(workspace, replace(SUBMITTED, name="synthesize-aa"))
-    program("squeue", "echo '40_1|FAILED|NonZeroExitCode|n1|/|synthesize-aa|(null)'")
-    program("sacct", "echo '40_1|FAILED|127:0|n1'")
+    program("squeue", "echo '40_1|FAILED|NonZeroExitCode|n1|synthesize-aa|(null)'")
+    program("sacct", "echo '40_1|FAILED|127:0|n1|synthesize-aa'")
     assert judged(workspace).log == ""
     said = workspace.root / "submissions/submitit/synthesize-aa/40_1_0_log.out"
     said.parent.mkdir(parents=True)
@@ -228,10 +237,10 @@ def test_a_job_that_ended_before_its_task_began_shows_what_slurm_wrote(workspace
 @pytest.mark.parametrize(
     ("newer", "expected"),
     [
-        ("echo '50_1|PENDING|Priority||/|x|(null)'", ("waiting", "50_1")),
-        ("echo '50_1|CANCELLED|None||/|x|(null)'", ("failed", "50_1")),
-        ("echo '50_1|PENDING|Priority||/|x|(null)'; echo '40_1|RUNNING|None|n1|/|x|(null)'", ("waiting", "50_1")),
-        ("echo '40_1|RUNNING|None|n1|/|x|(null)'; echo '50_1|CANCELLED|None||/|x|(null)'", ("running", "40_1")),
+        ("echo '50_1|PENDING|Priority||x|(null)'", ("waiting", "50_1")),
+        ("echo '50_1|CANCELLED|None||x|(null)'", ("failed", "50_1")),
+        ("echo '50_1|PENDING|Priority||x|(null)'; echo '40_1|RUNNING|None|n1|x|(null)'", ("waiting", "50_1")),
+        ("echo '40_1|RUNNING|None|n1|x|(null)'; echo '50_1|CANCELLED|None||x|(null)'", ("running", "40_1")),
     ],
 )
 def test_the_newest_try_counts_and_one_that_lives_first(
@@ -247,7 +256,7 @@ def test_the_newest_try_counts_and_one_that_lives_first(
 
 def test_a_later_run_by_hand_counts(workspace: Workspace, program: Put) -> None:
     write_submission(workspace, SUBMITTED)
-    program("squeue", "echo '40_1|CANCELLED|None|n1|/|x|(null)'")
+    program("squeue", "echo '40_1|CANCELLED|None|n1|x|(null)'")
     program("sacct", OFF)
     note(workspace, replace(HERE, state="failed", reason="by hand"))
     assert judged(workspace).reason == "by hand"
@@ -258,7 +267,7 @@ def test_a_later_run_by_hand_counts(workspace: Workspace, program: Put) -> None:
 def test_json_and_text_agree(workspace: Workspace, program: Put) -> None:
     write_submission(workspace, SUBMITTED)
     note(workspace, replace(FAR, state="failed", reason="a word"))
-    program("squeue", "printf '40_%s|PENDING|Priority||/|x|(null)\\n' 0 2")
+    program("squeue", "printf '40_%s|PENDING|Priority||x|(null)\\n' 0 2")
     program("sacct", OFF)
     found = status(workspace)
     told = as_json(found)
@@ -286,7 +295,7 @@ def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
     write_submission(workspace, SUBMITTED)
     left = tmp_path / "left"
     left.write_text("xxx")
-    program("squeue", f"[ -s {left} ] && echo '40_1|RUNNING|None|n1|/|x|(null)'; sed -i s/.// {left}; exit 0")
+    program("squeue", f"[ -s {left} ] && echo '40_1|RUNNING|None|n1|x|(null)'; sed -i s/.// {left}; exit 0")
     program("sacct", OFF)
     assert watch(str(workspace.root), seconds=0) == 0
     said = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_without_slurm_files_can_be_shown_and_nothing_be_sent(
 
 def test_jobs_of_who_shares_the_workspace_are_left_out(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
-    program("squeue", "[[ $* = *--user=* ]] || echo '7_1|PENDING|Priority||/x|classify-real-aa|c'")
+    program("squeue", "[[ $* = *--user=* ]] || echo '7_1|PENDING|Priority||classify-real-aa|c'")
     program("sacct", "exit 1")
     assert propose(ready).queued == 2
 
@@ -76,7 +76,7 @@ def note(workspace: Workspace, index: int, state: str, element: str) -> None:
 def test_plain_sbatch_is_left_out_where_a_record_tells(ready: Workspace, program: Put) -> None:
     """Elements 0 to 2 are the tasks 4 to 6: the second has begun, and the first has ended."""
     rows = ["40_0|FAILED|None|n1", "40_1|RUNNING|None|n1", "40_2|PENDING|Priority|"]
-    program("squeue", "; ".join(f"echo '{row}|/x|classify|(null)'" for row in rows))
+    program("squeue", "; ".join(f"echo '{row}|classify|(null)'" for row in rows))
     program("sacct", "exit 1")
     before = propose(ready)
     assert before.queued == 0
@@ -92,19 +92,19 @@ def test_plain_sbatch_is_left_out_where_a_record_tells(ready: Workspace, program
 
 
 def test_of_a_job_of_another_name_only_what_it_runs_now_is_left_out(ready: Workspace, program: Put) -> None:
-    program("squeue", 'for k in 0 1 2; do echo "40_$k|RUNNING|None|n1|/x|my-own|(null)"; done')
+    program("squeue", 'for k in 0 1 2; do echo "40_$k|RUNNING|None|n1|my-own|(null)"; done')
     note(ready, 4, records.FAILED, "0")
     note(ready, 5, records.RUNNING, "1")
     note(ready, 6, records.STOPPED, "2")
     assert submit.ask_queue(ready).tasks == {("classify", 5): "40"}
-    program("squeue", "echo '40_2|PENDING|BeginTime||/x|my-own|(null)'")
+    program("squeue", "echo '40_2|PENDING|BeginTime||my-own|(null)'")
     assert submit.ask_queue(ready).tasks == {("classify", 6): "40"}
 
 
 POLICY = (
     "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 )
-OTHER = "echo '3|PENDING|Priority||/x|somebody|(null)'"
+OTHER = "echo '3|PENDING|Priority||somebody|(null)'"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
     program(
         "squeue",
         f'[ ! -e {queue} ] || if [[ $* = *--name=* ]]; then echo "9|$(cat {queue})"; else\n'
-        f'for k in 0 1; do echo "9_$k|RUNNING|None|n1|/x|$(cat {queue})|c"; done; fi',
+        f'for k in 0 1; do echo "9_$k|RUNNING|None|n1|$(cat {queue})|c"; done; fi',
     )
     name = "sed -n 's/^#SBATCH --job-name=//p' $1"
     program(
@@ -204,7 +204,7 @@ def test_the_narrowest_account_limits_the_arrays(program: Put) -> None:
 def test_queued_tasks_are_left_out_unless_the_number_is_of_another_job(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
     for name, held in (("classify-real-aa", 3), ("somebody-elses", 0)):
-        program("squeue", f"echo '7_0|RUNNING|None|n1|/x|{name}|c'; echo '7_1|PENDING|Priority||/x|{name}|c'")
+        program("squeue", f"echo '7_0|RUNNING|None|n1|{name}|c'; echo '7_1|PENDING|Priority||{name}|c'")
         program("sacct", "exit 1")
         found = propose(ready)
         assert found.queued == held
@@ -213,7 +213,14 @@ def test_queued_tasks_are_left_out_unless_the_number_is_of_another_job(ready: Wo
 
 def ended(program: Put, first: str, second: str) -> None:
     program("squeue", "exit 0")
-    program("sacct", f"echo '7_0|{first}|0:125|n1'; echo '7_1|{second}|0:0|n1'")
+    program("sacct", f"echo '7_0|{first}|0:125|n1|classify-real-aa'; echo '7_1|{second}|0:0|n1|classify-real-aa'")
+
+
+def test_a_job_of_another_name_with_that_number_ran_out_of_nothing(ready: Workspace, program: Put) -> None:
+    write_submission(ready, SENT)
+    program("squeue", "exit 0")
+    program("sacct", "printf '7_%s|OUT_OF_MEMORY|0:125|n1|somebody-elses\\n' 0 1")
+    assert propose(ready).notes == []
 
 
 def test_out_of_memory_asks_for_twice_what_a_task_had(ready: Workspace, program: Put) -> None:
@@ -229,9 +236,15 @@ def test_out_of_memory_asks_for_twice_what_a_task_had(ready: Workspace, program:
 def test_a_step_out_of_memory_asks_for_more_though_its_job_only_failed(ready: Workspace, program: Put) -> None:
     """Also while the queue, which knows no steps, still shows the job."""
     write_submission(ready, dataclasses.replace(SENT, memory="20G"))
-    rows = ["7_0|FAILED|1:0|n1", "7_0.0|OUT_OF_MEMORY|0:125|n1", "7_1|FAILED|1:0|n1", "7_1.0|FAILED|1:0|n1"]
+    rows = [
+        "7_0|FAILED|1:0|n1|NAME",
+        "7_0.0|OUT_OF_MEMORY|0:125|n1|x",
+        "7_1|FAILED|1:0|n1|NAME",
+        "7_1.0|FAILED|1:0|n1|x",
+    ]
+    rows = [row.replace("NAME", SENT.name) for row in rows]
     program("sacct", f"[[ $* = *--allocations* ]] || printf '%s\\n' {' '.join(map(repr, rows))}")
-    for queue in ("exit 0", 'for k in 0 1; do echo "7_$k|FAILED|NonZeroExitCode|n1|/x|classify-real-aa|c"; done'):
+    for queue in ("exit 0", 'for k in 0 1; do echo "7_$k|FAILED|NonZeroExitCode|n1|classify-real-aa|c"; done'):
         program("squeue", queue)
         asked = {i: a.ask.memory for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
         assert [asked[i] // 1024 for i in (0, 1)] == [20, 16]
@@ -352,14 +365,14 @@ def test_a_later_failure_does_not_take_the_time_away_again(ready: Workspace, pro
     write_submission(ready, SENT)
     write_submission(ready, dataclasses.replace(SENT, job="8", time=2e9, time_limit_s=12 * 3600))
     program("squeue", "exit 0")
-    program("sacct", "echo '7_0|TIMEOUT|0:0|n1'; echo '8_0|FAILED|1:0|n1'; echo '8_1|COMPLETED|0:0|n1'")
+    program("sacct", "printf '%s|classify-real-aa\\n' '7_0|TIMEOUT|0:0|n1' '8_0|FAILED|1:0|n1' '8_1|COMPLETED|0:0|n1'")
     found = propose(ready)
     assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {12 * 3600}
 
 
 def test_without_accounting_what_the_controller_remembers_serves(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
-    program("squeue", "echo '7_0|TIMEOUT|TimeLimit|n1|/x|classify-real-aa|c'")
+    program("squeue", "echo '7_0|TIMEOUT|TimeLimit|n1|classify-real-aa|c'")
     program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     assert {a.ask.seconds for a in propose(ready).arrays if 0 in a.tasks and a.stage == "classify"} == {12 * 3600}
 
