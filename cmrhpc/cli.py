@@ -27,6 +27,7 @@ from cmrhpc.errors import (
     printable,
 )
 from cmrhpc.near import did_you_mean
+from cmrhpc.output import lossy
 from cmrhpc.signals import Stopped, held, stopping_at_once
 
 if TYPE_CHECKING:
@@ -348,12 +349,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name that is no text is no reason to stop
             stream.reconfigure(errors="backslashreplace")
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        try:
-            return _run_verb(list(sys.argv[1:] if arguments is None else arguments), is_script)
-        finally:  # here, where a closed pipe can still be told by the exit code
-            for stream in filter(None, (sys.stdout, sys.stderr)):
+        with lossy() as lost:
+            code = _run_verb(given, is_script)
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # where a closed pipe can still be told
                 stream.flush()
+            if lost and not code and given[:1] not in (["task"], ["run"]):  # their results are shards, and are kept
+                told = BadInput(f"the output is not complete: {lost[0].strerror}", "", "free space where it goes")
+                print(f"cmrhpc: {told}", file=sys.stderr)
+                return told.exit_code
+            return code
     except BrokenPipeError:
         if is_script:
             for number in (1, 2):  # so that nothing is written at the end

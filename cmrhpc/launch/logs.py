@@ -14,6 +14,7 @@ from typing import TextIO
 
 from cmrhpc import files
 from cmrhpc.errors import CmrhpcError, explained
+from cmrhpc.output import lossy
 from cmrhpc.workspace import Workspace
 
 
@@ -26,9 +27,9 @@ def all_to_log(workspace: Workspace, stage: str, index: int) -> Iterator[None]:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     try:
-        print(_heading(stage, index))
-        _flush()
-        yield
+        with lossy():
+            print(_heading(stage, index), flush=True)
+            yield
     finally:
         _flush()
         os.dup2(saved[0], 1)
@@ -44,6 +45,8 @@ def to_log_too(workspace: Workspace, stage: str, index: int) -> Iterator[Callabl
     Gives what adds to the log alone. Of an error that no message foresees the log has the traceback.
     """
     if _is_output(workspace.log_path(stage, index)):  # task.sh sees to it
+        with contextlib.suppress(OSError):
+            files.set_permissions(workspace.log_path(stage, index))
         try:
             yield lambda text: None
         except Exception as error:
