@@ -177,6 +177,7 @@ def test_the_index_comes_from_slurm_or_is_asked_for(tmp_path: Path, study_text: 
 def test_array_of_missing_tasks(tmp_path: Path, study_text: str) -> None:
     (tmp_path / "study.toml").write_text(study_text)
     assert cmrhpc("plan", tmp_path, "--stage", "classify", "--array").stdout == "0-9\n"
+    assert (tmp_path / "logs").is_dir()  # before the first job makes it with the group of its user
     chunks = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4").stdout
     assert chunks == "0-3\n4-7\n8-9\n"
     offsets = cmrhpc("plan", tmp_path, "--stage", "classify", "--array", "--chunk", "4", "--offset").stdout
@@ -338,6 +339,7 @@ def test_every_task_has_one_log_however_it_was_started(tmp_path: Path, study_tex
     with log.open("a") as stream:
         line = [sys.executable, "-m", "cmrhpc.cli", "task", str(root), "--stage", "refine", "--index", "0"]
         assert subprocess.run(line, stdout=stream, stderr=stream).returncode == 4
+    assert oct(log.stat().st_mode & 0o777) == oct(0o600)  # as the workspace has it
     assert log.read_text().count("its input is not there") == 1
     assert cmrhpc(*line[3:], check=False).returncode == 4
     assert log.read_text().count("its input is not there") == 2

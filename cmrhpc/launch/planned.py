@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from cmrhpc import validity
+from cmrhpc import files, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.launch import slurm
 from cmrhpc.validity import State
@@ -67,6 +68,8 @@ def print_ranges(workspace: Workspace, stage: str, chunk: int, offset: bool) -> 
     if not missing:
         print(f"stage {stage}: nothing is missing", file=sys.stderr)
         return
+    with contextlib.suppress(BadInput):  # with the group of the workspace, before the first job makes it
+        files.make_folder(workspace.root / "logs")
     told = (slurm.config() or {}).get("MaxArraySize")
     limit = int(told) if told and told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
     if not limit:

@@ -92,13 +92,18 @@ def other_version(image: str, options: Iterable[str]) -> str:
 
 
 def read_elsewhere(workspace: Workspace, stage: str) -> dict[Path, Path]:
-    """What tasks of a stage read outside the workspace: where they look for it -> where it lies, links followed."""
+    """What tasks of a stage read outside the workspace: where they look for it -> where it lies, links followed.
+
+    Without weights and external images that are not there: they stop only the task that reads them, and a missing bind
+    source stops every container.
+    """
     study, root = workspace.study, workspace.root.resolve()
     read = [study.data.raw] if stage == "ingest" else []
     if stage == "synthesize" and (made := [one.external for one in study.generators.values() if one.external]):
         # The table is asked for the images that a generator was trained on, where it declares them by name.
-        read += [*made, *([study.data.raw] if workspace.raw.exists() else [])]
-    if stage == "classify":  # a file that is missing stops who starts from it, and a missing bind all
+        read += [text for text in made if (root / text).exists()]
+        read += [study.data.raw] if workspace.raw.exists() else []
+    if stage == "classify":
         read += [
             one.weights for name, one in study.classifiers.items() if one.weights and workspace.weights(name).exists()
         ]

@@ -6,6 +6,7 @@ when accounting is off, when Slurm has forgotten a job, and when whoever submitt
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -118,8 +119,8 @@ class _Jobs:
 
     def look(self, states: dict[str, list[State]], index: dict[str, Entry]) -> None:
         """Read the records of unfinished tasks, and ask Slurm about every job that may be theirs."""
-        folder = self.workspace.root / "logs"
-        self.logs = set(os.listdir(folder)) if folder.is_dir() else set()
+        with contextlib.suppress(OSError):
+            self.logs = set(os.listdir(self.workspace.root / "logs"))
         known = {submission.job for submission in self.submissions}
         jobs: set[str] = set()
         for stage, some in states.items():

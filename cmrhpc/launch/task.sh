@@ -62,11 +62,22 @@ if [ -n "${CMRHPC_CONTAINER:-}" ]; then
 fi
 
 # What a task says goes to its log. Slurm's own file keeps Slurm's own words; without any it is taken away.
-mkdir -p "$workspace/logs"
+logs=$workspace/logs
+if [ ! -e "$logs" ] && mkdir "$logs" 2> /dev/null; then  # group and access as the workspace has them, none for others
+    if chgrp --reference="$workspace" "$logs" 2> /dev/null; then
+        chmod --reference="$workspace" "$logs" && chmod u+rwx,g+s,o= "$logs"
+    else
+        chmod u=rwx,go= "$logs"
+    fi
+fi
 for index in "${tasks[@]}"; do
-    log=$workspace/logs/${stage}_$index.log
-    if [ -L "$workspace/logs" ] || [ -L "$log" ] || { [ -e "$log" ] && [ ! -f "$log" ]; }; then
+    log=$logs/${stage}_$index.log
+    if [ -L "$logs" ] || [ -L "$log" ] || { [ -e "$log" ] && [ ! -f "$log" ]; }; then
         echo "$log is reached by a link, or is no plain file: remove it, then submit again" >&2
+        exit 3
+    fi
+    if ! : >> "$log"; then  # bash says why
+        echo "the log of the task cannot be written: free space, or give yourself write access to $logs" >&2
         exit 3
     fi
 done

@@ -140,6 +140,8 @@ def test_synthesize_sees_external_images_that_lie_elsewhere(tmp_path: Path, stud
     )
     (tmp_path / "ws" / "study.toml").write_text(study_text + more)
     workspace = Workspace(tmp_path / "ws")
+    assert "APPTAINER_BIND" not in settings(workspace, with_image(tmp_path), "synthesize")  # a gone one stops no other
+    (tmp_path / "made").mkdir()
     assert settings(workspace, with_image(tmp_path), "synthesize")["APPTAINER_BIND"] == f"{tmp_path}/made"
     assert "APPTAINER_BIND" not in settings(workspace, with_image(tmp_path), "classify")
 
@@ -228,6 +230,7 @@ def test_a_path_that_apptainer_would_cut_is_refused(
         (tmp_path / name).touch()
     text = study_text.replace('raw = "raw"', f'raw = "{raw}"') + f'[generators.a]\nexternal = "{external}"\n'
     place = make(tmp_path / workspace, text)
+    (place.root / external).mkdir()
     with pytest.raises(BadInput, match="Apptainer cannot bind a path with"):
         settings(place, with_image(tmp_path), stage)
     (finding,) = path_findings(place.root, with_image(tmp_path))

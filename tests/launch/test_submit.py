@@ -348,6 +348,7 @@ def test_a_report_that_alone_is_missing_is_sent(workspace: Workspace, program: P
 
     assert len(submit.submit_all(workspace, parse_profile(PROFILE), Limits(), send)) == 1
     assert sent == ["aggregate"]
+    assert (workspace.root / "logs").is_dir()  # before the first job makes it with the group of its user
 
 
 def test_where_all_is_refused_no_report_is_sent(ready: Workspace, program: Put) -> None:

@@ -6,7 +6,9 @@ A stand-in for `cmrhpc` says which task it is and ends as told; with Slurm and t
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -37,9 +39,12 @@ def place(program: Put, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, tasks: str, *words: str, stage: str = "classify", **environment: str) -> subprocess.Popen[bytes]:
+def start(
+    place: Path, tasks: str, *words: str, stage: str = "classify", stderr: int | None = None, **environment: str
+) -> subprocess.Popen[bytes]:
     more = {"CMRHPC_TASKS": tasks, "SLURM_JOB_ID": "9", "PREEMPTED": "None"} | environment
-    return subprocess.Popen(["bash", str(TASK_SH), stage, ".", *words], cwd=place, env=os.environ | more)
+    command = ["bash", str(TASK_SH), stage, ".", *words]
+    return subprocess.Popen(command, cwd=place, env=os.environ | more, stderr=stderr)
 
 
 def wait_for(*paths: Path) -> None:
@@ -72,6 +77,27 @@ def test_a_job_that_is_no_array_runs_no_training(place: Path) -> None:
     """sbatch takes `--array=` without anything, as a stage that is done gives, for a job that is none."""
     assert start(place, "").wait(60) == 2
     assert not (place / "logs").exists()
+
+
+def test_the_folder_of_logs_has_the_group_and_the_access_of_the_workspace(place: Path) -> None:
+    group = next((g for g in (*os.getgroups(), 4321) if g != place.stat().st_gid), 0)
+    if os.getuid() and group not in os.getgroups():
+        pytest.skip("this user is in one group only")
+    os.chown(place, -1, group)
+    for mode, expected in ((0o2775, 0o2770), (0o750, 0o2750), (0o711, 0o2710)):
+        place.chmod(mode)
+        assert start(place, "0").wait(60) == 0
+        made = (place / "logs").stat()
+        assert (made.st_gid, oct(stat.S_IMODE(made.st_mode))) == (group, oct(expected))
+        shutil.rmtree(place / "logs")
+
+
+def test_a_log_that_cannot_be_written_is_told_before_the_task_begins(place: Path) -> None:
+    (place / "logs").write_text("a file in the place of the folder")
+    told = start(place, "0", stderr=subprocess.PIPE)
+    assert b"cannot be written" in told.communicate(timeout=60)[1]
+    assert told.returncode == 3
+    assert not (place / "began.0").exists()
 
 
 def test_an_element_of_no_task_does_not_pass_for_one_that_is_done(place: Path) -> None:
