@@ -42,13 +42,15 @@ def begin(path: Path) -> None:
     _write(path, Seal({}, {}))
 
 
-def write(path: Path, sources: dict[str, str], names: Collection[str], counts: Counts) -> None:
-    """Seal the named files of the folder of `path`, again while another process changes them.
+def write(path: Path, sources: dict[str, str], written: dict[str, str], counts: Counts) -> None:
+    """Seal the files of a report: name -> sha256 of what was written; again while another process changes them.
 
+    The sources are of these files only: where another process has replaced some, the report counts as not finished.
     Raises Incomplete when that does not end.
     """
     for _ in range(10):
-        _write(path, Seal(sources, _hashes(path, names), counts))
+        found = _hashes(path, written)
+        _write(path, Seal(sources if found == written else {}, found, counts))
         if not damage(path):
             return
     raise Incomplete("another process keeps writing this report", str(path.parent), "make it again when that has ended")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cmrhpc import files
 from cmrhpc.errors import BadInput
+from cmrhpc.hashing import sha256_of
 from cmrhpc.names import METRICS
 from cmrhpc.report import csvfiles, figures, tables
 from cmrhpc.report.collect import collect
@@ -27,7 +28,7 @@ class AggregateResult:
 
     folder: Path  # the report folder
     result: Result
-    files: tuple[str, ...]  # what was written, from the report folder
+    files: dict[str, str]  # what was written, from the report folder -> its sha256
 
 
 def aggregate(folder: Path, begin: Callable[[], None] = lambda: None) -> AggregateResult:
@@ -69,10 +70,13 @@ def aggregate(folder: Path, begin: Callable[[], None] = lambda: None) -> Aggrega
     for name in ("classes.csv", "best_ratio.csv", *before):
         if name not in written and not (out / name).is_dir():
             (out / name).unlink(missing_ok=True)
+    hashes = {}
     for name, data in written.items():
         # A file name that is no text reaches the lists of refused files; it must not stop the report.
-        files.atomic_write(out / name, data.encode("utf-8", "replace") if isinstance(data, str) else data)
-    return AggregateResult(out, result, tuple(written))
+        whole = data.encode("utf-8", "replace") if isinstance(data, str) else data
+        files.atomic_write(out / name, whole)
+        hashes[name] = sha256_of(whole)
+    return AggregateResult(out, result, hashes)
 
 
 def terminal_table(folder: Path) -> str:

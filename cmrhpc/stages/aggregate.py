@@ -61,5 +61,9 @@ def aggregate_folder(root: Path) -> Result:
     made = aggregate(workspace.root, begin=lambda: seal.begin(path))
     cells = (cell for row in made.result.collection.cells.values() for cell in row.values())
     judge = Judge(workspace, check=True, read={cell.task.output: entry_of(cell.shard) for cell in cells})
-    seal.write(path, report_sources(judge), made.files, _counts(made.result))
+    sources = report_sources(judge)
+    found = made.result.collection
+    for name in found.missing.keys() - found.refused.keys():
+        sources.pop(name, None)  # what was computed since is not in the report
+    seal.write(path, sources, made.files, _counts(made.result))
     return made.result

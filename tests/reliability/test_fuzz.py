@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cmrhpc import shards
+from cmrhpc.hashing import sha256_of
 from cmrhpc.workspace import Workspace
 from tests.conftest import ROOT, STUDY
 from tests.data.raw_folder import picture, save
@@ -68,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "seed_record").write_bytes((root / "logs/ingest_0.json").read_bytes())
     (root / "report").mkdir()
     (root / "report/table.csv").write_text("a")
-    seal.write(root / "report/sources.json", {"study": "ab"}, ["table.csv"], seal.Counts(0, 1, 10))
+    seal.write(root / "report/sources.json", {"study": "ab"}, {"table.csv": sha256_of(b"a")}, seal.Counts(0, 1, 10))
     (tmp_path / "seed_seal").write_bytes((root / "report/sources.json").read_bytes())
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0), "rng": torch.zeros(4, dtype=torch.uint8)}
     Checkpoints(tmp_path / "kept", {"a": 1}).save(3, tensors, {"position": 1, "history": [{"loss": 0.5}]})
@@ -78,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
     submissions.write_submission(workspace, submission)
     (tmp_path / "seed_submission").write_bytes((root / "submissions/7.json").read_bytes())
     names = [f"./fold0_repeat0_class{n % 2}/{n:06d}.png" for n in range(6)]
-    (tmp_path / "seed_sums").write_text("".join(f"{shards.sha256_of(name)}  {name}\n" for name in names))
+    (tmp_path / "seed_sums").write_text("".join(f"{sha256_of(name)}  {name}\n" for name in names))
     (tmp_path / "seed_train_ids").write_text("id\n" + "".join(f"r{n:06d}\n" for n in range(9)))
     lines = [f"{n:06d}.png,raw,{n},1800.5" for n in range(5)]
     (tmp_path / "seed_images_csv").write_text("\n".join(["image,unit,window_low,window_high", *lines]) + "\n")

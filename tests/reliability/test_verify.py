@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import shards, validity
+from cmrhpc import seal, shards, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.stages.aggregate import aggregate_folder
 from cmrhpc.stages.task import run_task
@@ -164,13 +164,13 @@ def test_what_the_study_no_longer_asks_for_may_go(copied: Path) -> None:
 
 
 def test_a_report_that_lost_its_seal_is_damaged_and_one_that_was_not_finished_is_not(copied: Path) -> None:
-    seal = copied / "report/sources.json"
-    text = seal.read_text()
-    seal.unlink()
+    sealed = copied / "report/sources.json"
+    text = sealed.read_text()
+    sealed.unlink()
     (copied / "report/table.csv").write_text("classifier\n")
     assert found(copied).damaged == ["report/sources.json: missing, so nothing vouches for the report"]
     assert cmrhpc("verify", copied, check=False).returncode == 5
-    seal.write_text(text)
+    sealed.write_text(text)
     shutil.rmtree(copied / "report/figures")
     (copied / "report/figures").write_text("in the way")
     with pytest.raises(BadInput):
@@ -181,6 +181,39 @@ def test_a_report_that_lost_its_seal_is_damaged_and_one_that_was_not_finished_is
     (copied / "report/figures").unlink()
     cmrhpc("run", copied, "--plain")
     assert found(copied).out_of_date == []
+
+
+def test_a_prediction_that_comes_while_the_report_is_made_puts_it_out_of_date(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = tmp_path / "away.h5"
+    shutil.move(copied / f"{PREDICTION}.h5", away)
+    begin = seal.begin
+
+    def come_back(path: Path) -> None:
+        shutil.move(away, copied / f"{PREDICTION}.h5")
+        begin(path)
+
+    monkeypatch.setattr(seal, "begin", come_back)
+    assert aggregate_folder(copied).n_missing == 1
+    assert [line.partition(":")[0] for line in found(copied).out_of_date] == ["report"]
+    monkeypatch.undo()
+    aggregate_folder(copied)
+    assert found(copied).out_of_date == []
+
+
+def test_a_report_with_files_of_another_process_is_out_of_date_and_not_damaged(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = seal.write
+
+    def meanwhile(path: Path, *told: dict[str, str]) -> None:
+        (copied / "report/table.csv").write_text("of another process")
+        write(path, *told)
+
+    monkeypatch.setattr(seal, "write", meanwhile)
+    aggregate_folder(copied)
+    assert (found(copied).damaged, found(copied).out_of_date) == ([], ["report: its making was not finished"])
 
 
 def test_a_file_that_is_not_of_the_report_is_not_sealed(copied: Path) -> None:
