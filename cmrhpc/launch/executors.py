@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +14,7 @@ from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, plan_arrays
 from cmrhpc.launch.element import run_element
-from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings
-from cmrhpc.launch.submissions import Submission
+from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings, submission_of
 from cmrhpc.launch.submit import ask_queue, claim_folder, limits_for, submit_all
 from cmrhpc.paths import check_for_slurm
 from cmrhpc.planning import STAGES
@@ -63,6 +61,7 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
     check_for_slurm(workspace.root)
     token = secrets.token_hex(4)
     used = profile or parse_profile("")
+    limits = limits_for(used) if profile else slurm.limits()
 
     def send(array: Array, jobs: Mapping[str, str]) -> list[Job[str]]:
         depends_on = dependency(array, jobs)
@@ -71,22 +70,20 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
             asked = parameters(workspace, array, profile, token, depends_on)
         with _changed(executor, over(executor.parameters, asked)):
             minutes = executor.parameters.get("time", 5)
-            note = Submission(
-                job="",
-                stage=array.stage,
-                elements=array.elements,
-                time=time.time(),
+            note = submission_of(
+                array,
+                token,
+                jobs,
+                limits.cluster,
                 profile=used.name,
                 time_limit_s=60 * minutes if isinstance(minutes, int) else 0,
                 memory=str(executor.parameters.get("mem") or ""),
                 gpus=profile.gpus(array.stage) if profile else asked_gpus(executor.parameters),
-                depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
-                name=f"{array.name}-{token}",
             )
             variables = settings(workspace, profile, array.stage) if profile else {}
             return send_with(workspace, note, executor, variables)
 
-    sent = submit_all(workspace, used, limits_for(used) if profile else slurm.limits(), send)
+    sent = submit_all(workspace, used, limits, send)
     return [job for _, jobs in sent for job in jobs]
 
 

@@ -72,7 +72,7 @@ def how_ended(element: Element) -> str:
     if element.state == "CANCELLED":
         if never_starts(element):
             return "cancelled by Slurm: a job it waited for failed"
-        return f"cancelled by {_user(element.by)}" if element.by else words
+        return f"cancelled by {user_name(element.by)}" if element.by else words
     if element.state == "FAILED":
         number = element.signal or _ended_by(element.exit_code)
         if number:
@@ -94,7 +94,8 @@ def how_requeued(before: tuple[str, ...]) -> str:
     return _BEFORE.get(before[-1], "requeued") if before else ""
 
 
-def _user(number: str) -> str:
+def user_name(number: int | str) -> str:
+    """Of the user of a number, where it has one here."""
     try:
         return f"user {pwd.getpwuid(int(number)).pw_name}"
     except (KeyError, ValueError):

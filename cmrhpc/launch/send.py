@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
 from cmrhpc.launch import slurm
 from cmrhpc.launch.arrays import TRAINING, Array
 from cmrhpc.launch.element import run_element
-from cmrhpc.launch.submissions import Submission, write_submission
+from cmrhpc.launch.submissions import Submission, as_text, write_submission
 from cmrhpc.paths import check_for_bind
 from cmrhpc.profile import Profile, memory_text
 from cmrhpc.workspace import Workspace
@@ -48,7 +47,7 @@ _LIMIT = re.compile(r"\b(?:Assoc|QOS)\w+")
 # No answer, so that the job may be queued all the same.
 _SILENT = re.compile(
     r"unable to contact|timed out|communications? \w+ failure|message (?:send|receive) failure|zero bytes|"
-    r"connection (?:reset|refused)|not connected",
+    r"connection (?:reset|refused)|not connected|unknown reason",
     re.IGNORECASE,
 )
 
@@ -125,12 +124,22 @@ def dependency(array: Array, jobs: Mapping[str, str]) -> str | None:
     return ",".join(parts) or None
 
 
+def job_name(array: Array, token: str) -> str:
+    """No other job has it: the token is drawn for each submission."""
+    return f"{array.name}-{token}"
+
+
+def comment(workspace: Workspace) -> str:
+    """Tells in the queue for which workspace a job is."""
+    return f"cmrhpc {workspace.root}"
+
+
 def own_parameters(workspace: Workspace, array: Array, token: str, depends_on: str | None) -> dict[str, Any]:
     """What submit decides itself, whoever made the executor."""
     more = {"requeue": True} | ({"kill-on-invalid-dep": "yes"} if array.needs else {})
     return {
-        "job_name": f"{array.name}-{token}",
-        "comment": f"cmrhpc {workspace.root}",
+        "job_name": job_name(array, token),
+        "comment": comment(workspace),
         "dependency": depends_on,
         "additional_parameters": more,
     }
@@ -183,7 +192,7 @@ def script(workspace: Workspace, array: Array, profile: Profile, token: str, dep
 
 
 def submitit_folder(workspace: Workspace, array: Array, token: str) -> Path:
-    return workspace.root / "submissions" / "submitit" / f"{array.name}-{token}"
+    return workspace.root / "submissions" / "submitit" / job_name(array, token)
 
 
 @contextlib.contextmanager
@@ -219,8 +228,24 @@ def undisturbed(told: Iterable[str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs: Mapping[str, str]) -> list[Job[str]]:
-    """Submit one array by a profile. Raises as `send_with`."""
+def submission_of(array: Array, token: str, jobs: Mapping[str, str], cluster: str, **asked: Any) -> Submission:
+    """What is noted of an array before it is sent. asked: `profile`, `time_limit_s`, `memory` and `gpus` of it."""
+    return Submission(
+        job="",
+        stage=array.stage,
+        elements=array.elements,
+        time=time.time(),
+        cluster=cluster,
+        depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
+        name=job_name(array, token),
+        **asked,
+    )
+
+
+def send(
+    workspace: Workspace, array: Array, profile: Profile, token: str, jobs: Mapping[str, str], cluster: str
+) -> list[Job[str]]:
+    """Submit one array by a profile. cluster: its name, which is noted. Raises as `send_with`."""
     from submitit import SlurmExecutor
 
     place = submitit_folder(workspace, array, token)
@@ -228,19 +253,9 @@ def send(workspace: Workspace, array: Array, profile: Profile, token: str, jobs:
     depends_on = dependency(array, jobs)
     executor = SlurmExecutor(place)
     executor.update_parameters(**parameters(workspace, array, profile, token, depends_on))
-    asked = Submission(
-        job="",
-        stage=array.stage,
-        elements=array.elements,
-        time=time.time(),
-        cluster=os.environ.get("SLURM_CLUSTERS", ""),
-        profile=profile.name,
-        time_limit_s=array.ask.seconds,
-        memory=memory_text(array.ask.memory),
-        gpus=profile.gpus(array.stage),
-        depends_on=tuple(jobs.get(name, name) for name in (*array.needs, *array.after)),
-        name=f"{array.name}-{token}",
-    )
+    gpus, memory = profile.gpus(array.stage), memory_text(array.ask.memory)
+    limits = {"time_limit_s": array.ask.seconds, "memory": memory, "gpus": gpus}
+    asked = submission_of(array, token, jobs, cluster, profile=profile.name, **limits)
     try:
         return send_with(workspace, asked, executor, settings(workspace, profile, array.stage))
     except CmrhpcError:
@@ -260,7 +275,7 @@ def send_with(
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     note = asked_path(workspace, asked.name)
-    files.atomic_write(note, json.dumps(dataclasses.asdict(asked)))
+    files.atomic_write(note, as_text(asked))
     n = len(asked.elements)
     tasks = [list(element) for element in asked.elements]
     given = executor.parameters

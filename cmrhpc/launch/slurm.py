@@ -61,11 +61,14 @@ class Limits:
 
     max_array_size: one more than the highest index of an array. max_jobs: jobs that the controller keeps at all.
     max_submit: jobs that this user may have queued and running; each element of an array counts.
+    cluster: its name, empty where unknown. private: it shows jobs to their owners alone.
     """
 
     max_array_size: int | None = None
     max_jobs: int | None = None
     max_submit: int | None = None
+    cluster: str = ""
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,32 +256,44 @@ def _elements(ranges: str) -> Iterator[int]:
 
 
 def limits(account: str = "", qos: str = "") -> Limits:
-    """What this user may submit, as far as the cluster tells; narrowed to an account and a quality of service."""
+    """What this user may submit, as far as the cluster tells; narrowed to an account and a quality of service.
+
+    Without an account that of SBATCH_ACCOUNT counts, else the user's own default.
+    """
     settings = config() or {}
-    shape = ["--noheader", "--parsable2"]
-    own = ask(
-        [
-            "sacctmgr",
-            *shape,
-            "show",
-            "assoc",
-            f"user={_user()}",
-            "format=account,maxsubmitjobs,grpsubmitjobs,defaultqos",
-        ]
-    )
-    rows = [line.split("|") for line in own.out.splitlines() if line.count("|") == 3]
-    rows = [row for row in rows if not account or row[0] == account]
+    cluster = settings.get("ClusterName", "")
+    show = ["sacctmgr", "--noheader", "--parsable2", "show"]
+    here = [f"cluster={cluster}"] if cluster else []  # a database may serve several
+    rows = _rows([*show, "assoc", f"user={_user()}", *here, "format=account,maxsubmitjobs,grpsubmitjobs,defaultqos"])
+    if len(rows) > 1 and not (account := account or os.environ.get("SBATCH_ACCOUNT", "")):
+        defaults = _rows([*show, "user", f"name={_user()}", "format=user,defaultaccount"])
+        account = defaults[0][1] if defaults else ""
+    rows = [row for row in rows if row[0] == account] or rows
     numbers = [value for row in rows for value in row[1:3]]
     names = {qos} if qos else {row[3] for row in rows if row[3]}
     if names:
-        classes = ask(["sacctmgr", *shape, "show", "qos", "format=name,maxsubmitjobsperuser,grpsubmitjobs"])
-        split = [line.split("|") for line in classes.out.splitlines() if line.count("|") == 2]
-        numbers += [value for row in split if row[0] in names for value in row[1:]]
+        classes = _rows([*show, "qos", "format=name,maxsubmitjobsperuser,grpsubmitjobs"])
+        numbers += [value for row in classes if row[0] in names for value in row[1:]]
     known = [int(value) for value in numbers if value.isdigit()]
     size, jobs = (settings.get(name, "") for name in ("MaxArraySize", "MaxJobCount"))
     return Limits(
-        int(size) if size.isdigit() else None, int(jobs) if jobs.isdigit() else None, min(known, default=None)
+        int(size) if size.isdigit() else None,
+        int(jobs) if jobs.isdigit() else None,
+        min(known, default=None),
+        cluster,
+        hides_jobs(settings),
     )
+
+
+def _rows(command: list[str]) -> list[list[str]]:
+    """What sacctmgr prints: as many fields as its `format=` names, which is the last word."""
+    columns = command[-1].count(",")
+    return [line.split("|") for line in ask(command).out.splitlines() if line.count("|") == columns]
+
+
+def hides_jobs(settings: dict[str, str]) -> bool:
+    """Whether a cluster of this configuration shows jobs to their owners alone."""
+    return "jobs" in settings.get("PrivateData", "").split(",")
 
 
 def _user() -> str:

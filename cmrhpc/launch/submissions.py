@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from cmrhpc import files
 from cmrhpc.launch.slurm import Element
 from cmrhpc.planning import STAGES
+from cmrhpc.shards import sha256_of
 from cmrhpc.workspace import Workspace
 
 _NAME = re.compile(r"(\d+)\.json")
@@ -63,7 +64,19 @@ def folder(workspace: Workspace) -> Path:
 
 def write_submission(workspace: Workspace, submission: Submission) -> None:
     """Note a submitted array. Raises BadInput when the file system refuses."""
-    files.atomic_write(folder(workspace) / f"{submission.job}.json", json.dumps(asdict(submission)))
+    files.atomic_write(_path(workspace, submission), as_text(submission))
+
+
+def owner(workspace: Workspace, submission: Submission) -> int:
+    """Number of the user who sent it; our own where that cannot be told."""
+    try:
+        return os.stat(_path(workspace, submission)).st_uid
+    except OSError:
+        return os.getuid()
+
+
+def _path(workspace: Workspace, submission: Submission) -> Path:
+    return folder(workspace) / f"{submission.job}.json"
 
 
 def read_submissions(workspace: Workspace) -> list[Submission]:
@@ -77,13 +90,28 @@ def read_submissions(workspace: Workspace) -> list[Submission]:
 
 
 def _read(path: Path) -> Submission | None:
+    found = read_one(path)
+    return found if found and found.job == path.stem else None
+
+
+def as_text(submission: Submission) -> str:
+    """JSON, with its own sha256."""
+    told = asdict(submission)
+    return json.dumps(told | {"sha256": sha256_of(told)})
+
+
+def read_one(path: Path) -> Submission | None:
+    """The submission that a file tells of; None where it cannot be read. What a newer version adds is left out."""
     try:
         told = json.loads(files.read_plain(path))
+        if told.pop("sha256", None) not in (None, sha256_of(told)):
+            return None
+        told = {field.name: told[field.name] for field in fields(Submission) if field.name in told}
         told["elements"] = tuple(tuple(int(index) for index in element) for element in told["elements"])
         told["depends_on"] = tuple(str(job) for job in told["depends_on"])
         made = Submission(**told)
         texts = (made.job, made.cluster, made.profile, made.memory, made.name)
-        right = all(isinstance(text, str) for text in texts) and made.job == path.stem and made.stage in STAGES
+        right = all(isinstance(text, str) for text in texts) and made.stage in STAGES
         right = right and all(isinstance(number, int | float) for number in (made.time, made.time_limit_s, made.gpus))
         return made if right else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

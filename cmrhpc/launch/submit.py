@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
+import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, Ask, More, plan_arrays
 from cmrhpc.launch.estimate import Expected, expected
-from cmrhpc.launch.records import FAILED, RUNNING, STOPPED, read_record, read_records, record_path
-from cmrhpc.launch.send import asked_path, dependency, script, settings, undisturbed
-from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
+from cmrhpc.launch.reasons import user_name
+from cmrhpc.launch.records import DONE, FAILED, RUNNING, STOPPED, Record, read_record, read_records, record_path
+from cmrhpc.launch.send import asked_path, comment, dependency, script, settings, undisturbed
+from cmrhpc.launch.submissions import Submission, owner, read_one, read_submissions, write_submission
 from cmrhpc.planning import STAGES
 from cmrhpc.profile import Profile, memory_mb, memory_text, time_seconds, time_text
 from cmrhpc.validity import State
@@ -57,8 +58,9 @@ class Proposal:
 class Queue:
     """What Slurm says of this workspace.
 
-    tasks: (stage, index) -> job that holds it, waiting or running. doubtful: jobs that have a stage's name, as those of
-    plain sbatch have, and of which nothing tells for which workspace they are.
+    elements: those that have a record in `submissions`. tasks: (stage, index) -> job that holds it, waiting or running.
+    doubtful: jobs that have a stage's name, as those of plain sbatch have, and of which nothing tells for which
+    workspace they are.
     """
 
     submissions: list[Submission]
@@ -68,12 +70,18 @@ class Queue:
 
 
 def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
-    """Which tasks are waiting or running. Raises Incomplete when Slurm does not answer: then nothing is known.
+    """Which tasks are waiting or running.
 
-    Where Slurm is not installed and nothing was sent there is nothing to know.
+    Raises Incomplete when Slurm does not answer, for then nothing is known, and for a job of this workspace of which
+    nothing tells what it runs; BadInput where sbatch would send jobs to a cluster whose queue is not asked for. Where
+    Slurm is not installed and nothing was sent there is nothing to know.
     claimed: this process holds the claim and is about to send; otherwise what a killed submission left is noted if
     nobody holds it.
     """
+    elsewhere = os.environ.get("SBATCH_CLUSTERS", "")
+    if elsewhere not in ("", os.environ.get("SLURM_CLUSTERS", "")):
+        mend = "export SLURM_CLUSTERS of the same value, which squeue and sacct read too, or unset SBATCH_CLUSTERS"
+        raise BadInput("SBATCH_CLUSTERS sends jobs where nobody looks for them", f"SBATCH_CLUSTERS={elsewhere}", mend)
     if claimed:
         _adopt(workspace)
     elif _left_over(workspace):
@@ -82,8 +90,10 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
     submissions = read_submissions(workspace)
     if not slurm.installed() and not submissions and not claimed:
         return Queue([], {}, {})
+    records = read_records(workspace)
+    jobs = {s.job for s in submissions} | {r.job for *_, r in records if r.job and r.state in (RUNNING, STOPPED)}
     own = slurm.queue()
-    others = slurm.queue({s.job for s in submissions} - _jobs(own or {}))  # of who shares the workspace, or long ended
+    others = slurm.queue(jobs - _jobs(own or {}))  # of who shares the workspace, or long ended
     if own is None or others is None:
         raise _silent()
     elements = own | others
@@ -95,26 +105,38 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
             found[submission.key(k)] = element
             if not element.ended:
                 tasks.update({(submission.stage, index): submission.job for index in indices})
-    rest = {key: e for key, e in own.items() if key not in found and not e.ended}
-    plain = _sent_by_others(workspace, rest)
+    rest = {key: e for key, e in elements.items() if key not in found and not e.ended}
+    # Of strangers' jobs a number that came back may be among them: theirs must have the stage's name too.
+    plain = _by_plain_sbatch(records, rest, trusted=own.keys())
     told = set(plain.values())
-    doubtful = {job: None for key, e in rest.items() if e.name in STAGES and (job := key.partition("_")[0]) not in told}
-    return Queue(submissions, found, plain | tasks, tuple(doubtful))
+    unknown = {key.partition("_")[0]: e for key, e in rest.items() if key in own and key.partition("_")[0] not in told}
+    under_way = _left_over(workspace)  # of a submission that is at work now
+    lost = [job for job, e in unknown.items() if e.comment == comment(workspace) and e.name not in under_way]
+    if lost:
+        what = "the queue has jobs of this workspace whose record in submissions/ is gone or damaged"
+        mend = "`scancel` them, or wait for their end: their tasks would run twice"
+        raise Incomplete(what, f"job {', '.join(lost[:5])}", mend)
+    doubtful = tuple(job for job, e in unknown.items() if e.name in STAGES)
+    return Queue(submissions, found, plain | tasks, doubtful)
 
 
 def _jobs(elements: Mapping[str, slurm.Element]) -> set[str]:
     return {key.partition("_")[0] for key in elements}
 
 
-def _sent_by_others(workspace: Workspace, elements: Mapping[str, slurm.Element]) -> dict[tuple[str, int], str]:
+def _by_plain_sbatch(
+    records: Iterable[tuple[str, int, Record]], elements: Mapping[str, slurm.Element], trusted: Collection[str]
+) -> dict[tuple[str, int], str]:
     """Tasks of jobs that were not sent by `cmrhpc submit`, as far as the tasks' own records tell.
 
     One record tells of a whole array of plain sbatch: the distance from element to task is the same for all.
+    trusted: elements that need not have the stage's name.
     """
     found: dict[tuple[str, int], str] = {}
-    for stage, index, record in read_records(workspace) if elements else ():
+    for stage, index, record in records if elements else ():
         element = elements.get(record.key)
-        if element and (record.state == RUNNING or (record.state == STOPPED and element.waits)):
+        known = element and (record.key in trusted or element.name == stage)
+        if element and known and (record.state == RUNNING or (record.state == STOPPED and element.waits)):
             found[stage, index] = record.job
         if not record.element.isdigit():
             continue
@@ -141,21 +163,26 @@ def _left_over(workspace: Workspace) -> dict[str, Path]:
 
 
 def _adopt(workspace: Workspace) -> None:
-    """Record the jobs of a submission that was killed after sbatch took them and before that was noted."""
+    """Record the jobs of a submission that was killed after sbatch took them and before that was noted.
+
+    The note of another user stays where the cluster shows that user's jobs to nobody else, and that of another cluster:
+    whoever may see the job finds it there.
+    """
     if not (notes := _left_over(workspace)):
         return
-    shape = ["squeue", "--noheader", "--states=all", f"--name={','.join(notes)}", "--format=%F|%j"]
+    shape = ["squeue", "--all", "--noheader", "--states=all", f"--name={','.join(notes)}", "--format=%F|%j"]
     answer = slurm.ask(shape)
     if answer.code != 0:
         raise _silent()
     jobs = {name: job for job, _, name in (line.partition("|") for line in answer.out.split())}
+    config = slurm.config() or {}
     for name, path in notes.items():
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            told = json.loads(files.read_plain(path))
-            if name in jobs:
-                elements = tuple(tuple(element) for element in told["elements"])
-                changed = {"job": jobs[name], "elements": elements, "depends_on": tuple(told["depends_on"])}
-                write_submission(workspace, Submission(**(told | changed)))
+        told = read_one(path)
+        elsewhere = told is not None and told.cluster not in ("", config.get("ClusterName", ""))
+        if told and name in jobs:
+            write_submission(workspace, dataclasses.replace(told, job=jobs[name]))
+        elif elsewhere or (slurm.hides_jobs(config) and path.stat().st_uid != os.getuid()):
+            continue
         path.unlink(missing_ok=True)
 
 
@@ -179,6 +206,7 @@ def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.
         missing["aggregate"] = list(states["aggregate"])  # made anew, after the one that may be queued
     more, notes = more_for_what_lacked_it(workspace, missing, queue, profile)
     notes += [doubt for doubt in [_doubt(queue)] if doubt and any(missing.values())]
+    notes += _out_of_sight(workspace, queue, missing, limits)
     arrays = plan_arrays(missing, profile, queued=held, more=more, max_elements=max_elements(limits))
     elements = sum(len(array.elements) for array in arrays)
     if limits.max_submit is not None and elements > limits.max_submit:
@@ -196,6 +224,34 @@ def _doubt(queue: Queue) -> str:
         return ""
     jobs = ", ".join(queue.doubtful[:3]) + (" and more" if len(queue.doubtful) > 3 else "")
     return f"in the queue by plain sbatch, perhaps for this workspace: job {jobs}; its tasks would run twice"
+
+
+def _out_of_sight(
+    workspace: Workspace, queue: Queue, missing: Mapping[str, Sequence[State]], limits: slurm.Limits
+) -> list[str]:
+    """In words, jobs that may hold missing tasks still and that this queue does not show."""
+    newest = {(s.stage, index): s for s in queue.submissions for element in s.elements for index in element}
+    seen = _jobs(queue.elements)
+    found: dict[str, set[str]] = {}
+    for task in ((stage, s.index) for stage, states in missing.items() for s in states):
+        last = newest.get(task)
+        if last is None or last.job in seen:
+            continue
+        if last.cluster and limits.cluster and last.cluster != limits.cluster:
+            why = f"on the cluster {last.cluster}, whose queue {limits.cluster} does not show"
+        elif limits.private and (user := owner(workspace, last)) != os.getuid():
+            why = f"by {user_name(user)}, and this cluster shows jobs to their owners alone"
+        else:
+            continue
+        record = read_record(record_path(workspace, *task))
+        ended = record and (record.state in (DONE, FAILED) if record.job == last.job else record.time > last.time)
+        if not ended:
+            found.setdefault(why, set()).add(last.job)
+    return [
+        f"sent before {why}: job {', '.join(sorted(jobs)[:3])}{' and more' if len(jobs) > 3 else ''}; "
+        "what is queued there still would run twice"
+        for why, jobs in found.items()
+    ]
 
 
 def limits_for(profile: Profile) -> slurm.Limits:

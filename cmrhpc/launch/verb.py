@@ -48,7 +48,7 @@ def submit(root: str, profile_name: str, dry: bool, yes: bool, json_wanted: bool
     token, sent = secrets.token_hex(4), []
 
     def send_one(array: Array, jobs: Mapping[str, str]) -> list[Job[str]]:
-        return send(workspace, array, profile, token, jobs)
+        return send(workspace, array, profile, token, jobs, limits.cluster)
 
     if proposal.arrays:
         say = (lambda text: None) if json_wanted else (lambda text: print(text, flush=True))

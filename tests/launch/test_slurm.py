@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import pytest
 
+from cmrhpc import files
 from cmrhpc.launch import slurm, submissions
 from cmrhpc.launch.slurm import Element, Limits, Partition
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
+from cmrhpc.shards import sha256_of
 from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
 
@@ -216,11 +218,21 @@ def test_submissions_are_read_as_written_and_damaged_ones_ignored(workspace: Wor
     older = Submission("12", "ingest", ((0,),), 10.0)
     for submission in (newer, older):
         write_submission(workspace, submission)
-    right = json.loads((submissions.folder(workspace) / "7.json").read_text())
-    wrong = [right | {"job": "9"}, right | {"stage": "x"}, right | {"elements": [1]}, right | {"more": 1}, [], "x"]
+    whole = json.loads((submissions.folder(workspace) / "7.json").read_text())
+    right = {name: value for name, value in whole.items() if name != "sha256"}
+    wrong = [right | {"job": "9"}, right | {"stage": "x"}, right | {"elements": [1]}, [], "x"]
+    wrong += [whole | {"job": "105", "gpus": 2}]  # its checksum does not hold
     for number, told in enumerate(wrong):
         (submissions.folder(workspace) / f"{100 + number}.json").write_text(json.dumps(told))
     (submissions.folder(workspace) / "8.json").write_text('{"job": "8"')
     (submissions.folder(workspace) / "note.txt").write_text("")
     assert read_submissions(workspace) == [older, newer]
     assert newer.key(1) == "7_1"
+
+
+def test_what_a_newer_version_adds_to_a_submission_is_left_out(workspace: Workspace) -> None:
+    told = Submission("7", "ingest", ((0,),), 10.0)
+    more = {"job": "7", "stage": "ingest", "elements": [[0]], "time": 10.0, "depends_on": [], "more": 1}
+    for checked in (more, more | {"sha256": sha256_of(more)}):
+        files.atomic_write(submissions.folder(workspace) / "7.json", json.dumps(checked))
+        assert read_submissions(workspace) == [told]

@@ -17,10 +17,11 @@ from cmrhpc import files
 from cmrhpc.cli import main
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
 from cmrhpc.launch import records, submit
+from cmrhpc.launch.reasons import user_name
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Limits
 from cmrhpc.launch.status import status
-from cmrhpc.launch.submissions import Submission, write_submission
+from cmrhpc.launch.submissions import Submission, as_text, write_submission
 from cmrhpc.planning import COHORT, Task
 from cmrhpc.profile import parse_profile
 from cmrhpc.workspace import Workspace
@@ -66,6 +67,87 @@ def test_jobs_of_who_shares_the_workspace_are_left_out(ready: Workspace, program
     program("squeue", "[[ $* = *--user=* ]] || echo '7_1|PENDING|Priority||classify-real-aa|c'")
     program("sacct", "exit 1")
     assert propose(ready).queued == 2
+
+
+def test_plain_sbatch_of_who_shares_the_workspace_is_left_out_where_a_record_tells(
+    ready: Workspace, program: Put
+) -> None:
+    """A stranger's job of that number, which has another name, is not taken for it."""
+    note(ready, 5, records.RUNNING, "1")
+    program("sacct", "exit 1")
+    for name, held in (("classify", {5: "40", 6: "40"}), ("somebody-elses", {})):
+        lines = "; ".join(f"echo '40_{k}|RUNNING|None|n1|{name}|(null)'" for k in (1, 2))
+        program("squeue", f"[[ $* != *--jobs=40* ]] || {{ {lines}; }}")
+        assert submit.ask_queue(ready).tasks == {("classify", index): job for index, job in held.items()}
+
+
+def test_a_job_of_this_workspace_without_a_record_stops_a_submission(ready: Workspace, program: Put) -> None:
+    row = f"7_0|PENDING|Priority||classify-real-aa|cmrhpc {ready.root}"
+    program("squeue", f"[[ $* = *--name=* ]] || echo '{row}'")
+    with pytest.raises(Incomplete, match="whose record in submissions/ is gone"):
+        propose(ready)
+    program("squeue", f"echo '{row.replace('PENDING', 'COMPLETED')}'; echo '{row}2'")  # ended, and of another one
+    assert propose(ready).tasks == 19
+    program("squeue", f"echo '{row}'")
+    write_submission(ready, SENT)
+    assert propose(ready).queued == 1
+
+
+def test_jobs_are_sent_to_no_cluster_whose_queue_is_not_asked_for(
+    ready: Workspace, program: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("squeue", "exit 0")
+    monkeypatch.setenv("SBATCH_CLUSTERS", "far")
+    with pytest.raises(BadInput, match="SBATCH_CLUSTERS"):
+        propose(ready)
+    monkeypatch.setenv("SLURM_CLUSTERS", "far")
+    assert propose(ready).tasks == 19
+
+
+def test_what_another_cluster_may_hold_is_told(ready: Workspace, program: Put) -> None:
+    program("squeue", "exit 0")
+    program("sacct", "exit 1")
+    write_submission(ready, dataclasses.replace(SENT, cluster="far"))
+    here = Limits(cluster="near")
+
+    def notes(limits: Limits) -> list[str]:
+        return submit.propose(ready, parse_profile(PROFILE), submit.ask_queue(ready), limits).notes
+
+    assert notes(here) == [
+        "sent before on the cluster far, whose queue near does not show: job 7; "
+        "what is queued there still would run twice"
+    ]
+    assert notes(Limits(cluster="far")) == notes(Limits()) == []
+    for index, element in ((0, "0"), (1, "1"), (2, "1")):
+        record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=2e9, job="7", element=element)
+        files.atomic_write(records.record_path(ready, "classify", index), json.dumps(dataclasses.asdict(record)))
+    assert notes(here) == []  # the tasks themselves have told their end
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user")
+def test_where_jobs_are_private_a_colleague_may_hold_tasks(ready: Workspace, program: Put) -> None:
+    """Nor is the note of what a colleague asked for taken away, whose answer only the colleague can find."""
+    program("squeue", "exit 0")
+    program("sacct", "exit 1")
+    program("scontrol", "echo 'PrivateData = accounts,jobs'")
+    theirs = ready.root / "submissions" / "asked" / "classify-real-bb.json"
+    files.atomic_write(theirs, as_text(dataclasses.replace(SENT, job="", name="classify-real-bb")))
+    mine = theirs.with_name("classify-real-cc.json")
+    files.atomic_write(mine, as_text(dataclasses.replace(SENT, job="", name="classify-real-cc")))
+    os.chown(theirs, 1, -1)
+    write_submission(ready, SENT)
+    limits = submit.limits_for(parse_profile(PROFILE))
+
+    def notes() -> list[str]:
+        return submit.propose(ready, parse_profile(PROFILE), submit.ask_queue(ready), limits).notes
+
+    assert limits.private
+    assert notes() == []  # our own
+    os.chown(ready.root / "submissions" / "7.json", 1, -1)
+    (note,) = notes()
+    assert note.startswith(f"sent before by {user_name(1)}, and this cluster shows jobs to their owners alone: job 7;")
+    assert theirs.exists()
+    assert not mine.exists()
 
 
 def note(workspace: Workspace, index: int, state: str, element: str) -> None:
@@ -142,6 +224,7 @@ def test_a_job_that_is_too_large_is_not_taken_for_one_too_many(
         "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2; exit 1",
         "echo taken; exit 0",
         "kill -KILL $$",
+        "printf '\\377\\n' >&2; exit 0",  # submitit cannot read it, and kills sbatch
     ],
 )
 def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
@@ -191,6 +274,16 @@ def test_an_image_of_another_version_is_told_before_it_is_sent(
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.endswith(f"holds cmrhpc 0.0.9, and this is cmrhpc {cmrhpc.__version__}: tasks run the image's code")
     assert (tmp_path / "started").read_text() == "x\n"
+
+
+def test_limits_of_other_clusters_and_accounts_cut_no_arrays(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    program("scontrol", "echo 'ClusterName = near'")
+    here, elsewhere = "echo 'heart|50||'; echo 'cpu|8||'", "echo 'heart|2||'"
+    default = "*defaultaccount*) echo 'me|heart'"
+    program("sacctmgr", f"case $* in *assoc*cluster=near*) {here};; *assoc*) {elsewhere};; {default};; esac")
+    assert submit.limits_for(parse_profile("")) == Limits(max_submit=50, cluster="near")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "cpu")
+    assert submit.limits_for(parse_profile("")).max_submit == 8
 
 
 def test_the_narrowest_account_limits_the_arrays(program: Put) -> None:
