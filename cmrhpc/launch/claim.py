@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from cmrhpc import files
-from cmrhpc.errors import Incomplete
+from cmrhpc.errors import BadInput, Incomplete
 
 PATIENCE_S = 600.0
+TRIES, PAUSE_S = 50, 0.1
 _NAME = re.compile(r"(\d{8})\.json")
 
 
@@ -51,14 +52,22 @@ def hold(folder: Path) -> Iterator[Claim]:
     try:
         yield claim
     finally:
-        claim.release()
+        with contextlib.suppress(BadInput):  # a full disk: that this process has ended tells the same
+            claim.release()
 
 
 def _take(folder: Path) -> Claim:
-    while True:
+    for _ in range(TRIES):
         numbers = _numbers(folder)
         last = numbers[-1] if numbers else 0
-        if last and (holder := _holder(_path(folder, last))):
+        try:
+            holder = _holder(_path(folder, last)) if last else ""
+        except FileNotFoundError:  # somebody took over just now, and removed it
+            time.sleep(PAUSE_S)
+            continue
+        except OSError as error:
+            raise files.explain(error, folder) from error
+        if holder:
             what = f"another `cmrhpc submit` is at work in this workspace: {holder}"
             raise Incomplete(what, str(_path(folder, last)), "wait for its end, then run the same command again")
         if not files.create_once(_path(folder, last + 1), json.dumps(_ourselves() | {"released": False})):
@@ -69,6 +78,8 @@ def _take(folder: Path) -> Claim:
                 _path(folder, old).unlink(missing_ok=True)
             return Claim(folder, last + 1)
         _path(folder, last + 1).unlink(missing_ok=True)
+    what = "others take over the claim of this workspace again and again"
+    raise Incomplete(what, str(folder), "run the same command again")
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -87,15 +98,36 @@ def _ourselves() -> dict[str, Any]:
 
 
 def _holder(path: Path) -> str:
-    """Who holds this claim, in words; empty when nobody does any more."""
+    """Who holds this claim, in words; empty when nobody does any more.
+
+    One that cannot be read is held as long as one of another host. Raises OSError where that cannot be told, and
+    FileNotFoundError when it is gone.
+    """
     try:
-        told = json.loads(files.read_plain(path))
+        told = json.loads(_read(path))
         if told["released"]:
             return ""
+        who = f"process {told['pid']} on {told['host']}"
         here = told["host"] == files.host_name()
         ended = files.has_ended(int(told["pid"]), told["start"]) if here else None
-        if ended is None:
-            ended = files.clock(path.parent) - path.stat().st_mtime > PATIENCE_S
-        return "" if ended else f"process {told['pid']} on {told['host']}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        who, ended = f"its claim cannot be read ({error.strerror})", None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""
+    if ended is None:
+        ended = files.clock(path.parent) - path.stat().st_mtime > PATIENCE_S
+    return "" if ended else who
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a claim; on NFS one that is being replaced may fail to be read for a moment."""
+    for _ in range(3):
+        try:
+            return files.read_plain(path)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(PAUSE_S)
+    return files.read_plain(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc import files
 from cmrhpc.errors import Incomplete
 from cmrhpc.launch import claim
 
@@ -66,6 +68,59 @@ def test_a_damaged_claim_holds_nobody_up(tmp_path: Path) -> None:
     (tmp_path / "00000007.json").write_text("{")
     with claim.hold(tmp_path) as ours:
         assert ours.number == 8
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_claim_that_cannot_be_read_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """A read fails for a moment where a claim is replaced on NFS, or for longer: the one who holds it lives on."""
+    read, left = files.read_plain, [None] * times
+
+    def fails(path: Path) -> bytes:
+        if left:
+            left.pop()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    words = f"process {os.getpid()}" if times == 1 else "cannot be read"
+    with claim.hold(tmp_path):
+        monkeypatch.setattr(files, "read_plain", fails)
+        with pytest.raises(Incomplete, match=words), claim.hold(tmp_path):
+            pass
+        os.utime(newest(tmp_path), (time.time() - claim.PATIENCE_S - 60,) * 2)
+        if times > 1:
+            with claim.hold(tmp_path):
+                pass
+
+
+def test_a_claim_that_is_taken_over_while_it_is_read_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with claim.hold(tmp_path) as ours:
+        first, read = newest(tmp_path), files.read_plain
+        theirs = json.loads(first.read_text())
+
+        def taken_over(path: Path) -> bytes:
+            if path == first:
+                (tmp_path / f"{ours.number + 1:08d}.json").write_text(json.dumps(theirs | {"host": "elsewhere"}))
+                first.unlink()
+            return read(path)
+
+        monkeypatch.setattr(files, "read_plain", taken_over)
+        with pytest.raises(Incomplete, match="elsewhere"), claim.hold(tmp_path):
+            pass
+
+
+def test_a_claim_that_cannot_be_released_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work() -> None:
+        with claim.hold(tmp_path):
+            monkeypatch.setattr(files, "write_all", full)
+            raise Incomplete("the cluster takes no more")
+
+    with pytest.raises(Incomplete, match="the cluster takes no more"):
+        work()
 
 
 RACER = """
