@@ -66,4 +66,8 @@ def aggregate_folder(root: Path) -> Result:
     for name in found.missing.keys() - found.refused.keys():
         sources.pop(name, None)  # what was computed since is not in the report
     seal.write(path, sources, made.files, _counts(made.result))
+    # What killed jobs left: on a cluster no run sweeps the workspace.
+    workspace.remove_stale(workspace.root)
+    for output in sources.keys() & judge.makers.keys():
+        workspace.clear_checkpoints(judge.makers[output])
     return made.result

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import seal, shards, validity
+from cmrhpc import files, seal, shards, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.stages.aggregate import aggregate_folder
 from cmrhpc.stages.task import run_task
@@ -200,6 +200,21 @@ def test_a_prediction_that_comes_while_the_report_is_made_puts_it_out_of_date(
     monkeypatch.undo()
     aggregate_folder(copied)
     assert found(copied).out_of_date == []
+
+
+def test_a_report_sweeps_what_killed_jobs_left(copied: Path) -> None:
+    """On a cluster every task looks at its own folders, and those that are done run no more."""
+    ended = subprocess.Popen(["true"])
+    start = files.process_start(ended.pid)
+    ended.wait()
+    stale = copied / "predictions" / f".a.h5.tmp.{files.host_name()}.{ended.pid}.{start}-1"
+    done, missing = (copied / "checkpoints" / name / "step0000000001.checkpoint" for name in (SYNTHETIC, PREDICTION))
+    for path in (stale, done, missing):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (copied / f"{PREDICTION}.h5").unlink()
+    aggregate_folder(copied)
+    assert (stale.exists(), done.parent.exists(), missing.exists()) == (False, False, True)
 
 
 def test_a_report_with_files_of_another_process_is_out_of_date_and_not_damaged(
