@@ -1,10 +1,10 @@
 """Which job arrays a submission is made of. Pure: nothing is asked and nothing is sent here.
 
 Slurm's dependencies hang on whole arrays, so arrays are cut where a task would wait for what it does not need: one for
-the generators of a fold, one for its refiners, and its classifiers by what they wait for; classifiers that wait for
-nothing share one. A dependency is `afterany`: a failed task holds up nobody, and each task looks at its inputs itself.
-Only on ingest everything depends as `afterok`: without a cohort there is nothing to look at, and Slurm takes these
-jobs away (`--kill-on-invalid-dep`) instead of starting each to say so.
+each generator of a fold, one for its refiners, and the classifiers of the fold by what they wait for; classifiers that
+wait for nothing share one. A dependency is `afterany`: a failed task holds up nobody, and each task looks at its inputs
+itself. Everything depends on ingest with `afterok`: without a cohort there is nothing to do, and Slurm cancels these
+jobs (`--kill-on-invalid-dep`) instead of starting each only to fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cmrhpc.planning import COHORT, FOLDS
 from cmrhpc.profile import Profile, memory_mb
 from cmrhpc.validity import State
 
-MAX_ARRAYS = 300  # above that, folds share arrays: each array is a question to the controller, and a line in squeue
+MAX_ARRAYS = 300  # above that, arrays are shared: each is a question to the controller, and a line in squeue
 TRAINING = ("synthesize", "refine", "classify")
 
 
@@ -71,8 +71,8 @@ def plan_arrays(
     The report is made anew, at the end, whenever anything else is submitted.
     """
     arrays: list[Array] = []
-    for cut in (_by_fold, _by_repeat, _together):
-        arrays = _plan(missing, profile, queued or {}, more or {}, max_elements, cut)
+    for cut, apart in ((_by_fold, True), (_by_fold, False), (_by_repeat, False), (_together, False)):
+        arrays = _plan(missing, profile, queued or {}, more or {}, max_elements, cut, apart)
         if len(arrays) <= max_arrays:
             break
     return arrays
@@ -97,7 +97,9 @@ def _plan(
     more: More,
     max_elements: int,
     cut: Callable[[State], tuple[int, ...]],
+    apart: bool,
 ) -> list[Array]:
+    """apart: each generator has arrays of its own, so that what waits for one does not wait for all."""
     maker = dict(queued)  # output -> array or job that makes it
     arrays: list[Array] = []
     names: Counter[str] = Counter()
@@ -127,16 +129,21 @@ def _plan(
     free: list[State] = []
     for place in places:
         for stage in TRAINING:
-            groups: dict[tuple[str, ...], list[State]] = {}
-            for state in missing.get(stage, ()):
-                if cut(state) == place:
-                    groups.setdefault(waits_for(state), []).append(state)
+            here = [state for state in missing.get(stage, ()) if cut(state) == place]
             if stage == "classify":
+                groups: dict[tuple[str, ...], list[State]] = {}
+                for state in here:
+                    groups.setdefault(waits_for(state), []).append(state)
                 free += groups.pop((), [])
-            elif groups:  # refiners of a fold go together: its generators are one array
-                groups = {tuple(dict.fromkeys(n for g in groups for n in g)): [s for g in groups.values() for s in g]}
-            for after, states in groups.items():
-                add(_label(stage, place), stage, states, after=after, needs=needs)
+                for after, states in groups.items():
+                    add(_label(stage, place), stage, states, after=after, needs=needs)
+                continue
+            several = len({state.task.generator for state in missing.get(stage, ())}) > 1
+            for name in dict.fromkeys(state.task.generator if apart else "" for state in here):
+                states = [state for state in here if not apart or state.task.generator == name]
+                after = tuple(dict.fromkeys(made for state in states for made in waits_for(state)))
+                label = _label(f"{stage}-{name}" if apart and several else stage, place)
+                add(label, stage, states, after=after, needs=needs)
     add("classify-real" if places else "classify", "classify", free, needs=needs)
 
     # The report waits for every end of the chain, and runs in any case.

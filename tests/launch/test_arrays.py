@@ -77,6 +77,21 @@ def test_a_fold_waits_for_nothing_of_another(study_text: str) -> None:
     ]
 
 
+def test_a_refiner_waits_for_its_own_generator(study_text: str) -> None:
+    study = parse_study(study_text + '[generators.gan]\nexternal = "made"\n[[arms]]\nname = "gan"\nratios = [1]\n')
+    missing = all_missing(study, [COHORT, FOLDS])
+    arrays = plan_arrays(missing, PROFILE)
+    check(arrays, missing, study)
+    after = {a.name: a.after for a in arrays}
+    assert after["refine-r0f0"] == ("synthesize-dae-gan-r0f0",)
+    assert [names for name, names in after.items() if name.startswith("classify-r0f0")] == [
+        ("synthesize-dae-gan-r0f0",),
+        ("refine-r0f0",),
+        ("synthesize-gan-r0f0",),
+    ]
+    assert "synthesize-r0f0" in {a.name for a in plan_arrays(missing, PROFILE, max_arrays=len(arrays) - 1)}
+
+
 @pytest.mark.parametrize(("max_arrays", "most"), [(300, 300), (60, 60), (8, 8)])
 def test_the_papers_study_is_cut_as_fine_as_is_allowed(max_arrays: int, most: int) -> None:
     text = (STUDIES / "fu2021.toml").read_text()
