@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -196,9 +197,12 @@ def submitit_folder(workspace: Workspace, array: Array, token: str) -> Path:
 
 
 @contextlib.contextmanager
-def group_access() -> Iterator[None]:
-    """What submitit and Slurm write is for the group of the workspace, whose folders decide, and never for others."""
-    before = os.umask(0o007)
+def owner_writes() -> Iterator[None]:
+    """What submitit and Slurm write may be read by the group of the workspace, whose folders decide, and by no others.
+
+    The group does not write it: the job unpickles it as whoever submits.
+    """
+    before = os.umask(0o027)
     try:
         yield
     finally:
@@ -250,6 +254,8 @@ def send(
 
     place = submitit_folder(workspace, array, token)
     files.make_folder(place)
+    with contextlib.suppress(OSError):  # a file system without modes
+        place.chmod(stat.S_IMODE(place.stat().st_mode) & ~stat.S_IWGRP)
     depends_on = dependency(array, jobs)
     executor = SlurmExecutor(place)
     executor.update_parameters(**parameters(workspace, array, profile, token, depends_on))
@@ -281,7 +287,7 @@ def send_with(
     given = executor.parameters
     told = [*(name for name, value in given.items() if value), *(given.get("additional_parameters") or ())]
     try:
-        with group_access(), undisturbed(told):
+        with owner_writes(), undisturbed(told):
             found = executor.map_array(
                 run_element, [str(workspace.root)] * n, [asked.stage] * n, tasks, [variables] * n
             )

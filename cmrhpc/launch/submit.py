@@ -369,6 +369,7 @@ def submit_all(
         now = propose(workspace, profile, ask_queue(workspace, claimed=True), limits)
         if shown and now.arrays != shown.arrays:
             raise Incomplete("the queue or the results changed meanwhile", str(workspace.root), "run the command again")
+        workspace.remove_stale(workspace.root)
         files.make_folder(workspace.root / "logs")  # with the group of the workspace, before the first job makes it
         sent: list[tuple[Array, list[Job[str]]]] = []
         jobs: dict[str, str] = {}

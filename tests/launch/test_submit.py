@@ -231,6 +231,7 @@ def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
     ready: Workspace, program: Put, tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first one is queued, and Slurm's answer is lost."""
+    ready.root.chmod(0o2770)
     queue, count = tmp_path / "queue", tmp_path / "count"
     program("srun", "exit 0")
     program("sacct", "exit 1")
@@ -250,6 +251,9 @@ def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
     (note,) = (ready.root / "submissions" / "asked").iterdir()
     planned = propose(ready).arrays
     assert not note.exists()
+    place = ready.root / "submissions" / "submitit" / note.stem
+    for path in (place, *place.iterdir()):  # a job unpickles what lies there as whoever submits
+        assert not path.stat().st_mode & 0o022, path
     (first,) = (ready.root / "submissions").glob("*.json")
     told = json.loads(first.read_text())
     assert (told["job"], told["name"]) == ("9", note.stem)
@@ -439,7 +443,12 @@ def test_a_report_that_alone_is_missing_is_sent(workspace: Workspace, program: P
         sent.append(array.name)
         return [Job()]
 
+    with subprocess.Popen(["true"]) as ended:
+        start = files.process_start(ended.pid)
+    stale = workspace.root / f".a.h5.tmp.{files.host_name()}.{ended.pid}.{start}-1"
+    stale.touch()
     assert len(submit.submit_all(workspace, parse_profile(PROFILE), Limits(), send)) == 1
+    assert not stale.exists()  # of a process that is gone
     assert sent == ["aggregate"]
     assert (workspace.root / "logs").is_dir()  # before the first job makes it with the group of its user
 
