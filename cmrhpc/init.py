@@ -55,8 +55,9 @@ def make_workspace(
         raise BadInput(f'no study "{study}"', str(source), mend)
     check_printable(root.absolute())
     target = root / "study.toml"
+    has_one = ("the workspace has a study already", str(target), "edit it, or choose another folder")
     if target.exists():
-        raise BadInput("the workspace has a study already", str(target), "edit it, or choose another folder")
+        raise BadInput(*has_one)
     if os.path.realpath(raw) == os.path.realpath(root):
         mend = "make the workspace elsewhere: ingest writes a cohort.csv of its own"
         raise BadInput("the raw folder cannot be the workspace", str(root), mend)
@@ -85,7 +86,8 @@ def make_workspace(
         raise BadInput(error.what, error.where, mend) from None
     text = tomlkit.dumps(document)
     made = parse_study(text, str(source))
-    files.atomic_write(target, text)
+    if not files.create_once(target, text):  # another `init` was at work
+        raise BadInput(*has_one)
     counts = {name: counts[name] for name in made.classes}
     notes = [f"warning: {slip}" for slip in slips] + ignored_columns(read_heading(raw, name), mapped)
     return Made(made, counted(counts), notes)

@@ -103,7 +103,7 @@ def ingest(
     found before any image is read. progress: called with (images done, images).
 
     Raises BadInput: what `read_table`, `Reader.read` and `crop_image` refuse; one class only; a table that is edited
-    meanwhile.
+    meanwhile, and an image or a mask that is replaced while it is read.
     """
     rows, table_sha256 = _read_table(raw, data, classes)
     labels = np.array([list(classes).index(row.label) for row in rows], np.int64)
@@ -133,13 +133,14 @@ def ingest(
             Reader() as reader,
         ):
             for i, row in enumerate(rows):
+                before = sources.hashes_now(row, Path(raw))
                 crop = crop_image(row, raw, data, reader)
                 images.write(crop.image.tobytes())
                 masks.write(crop.mask.tobytes())
                 windows[i], spacings[i], grids[i] = crop.window, crop.spacing, crop.grid_spacing
                 sheet.add(i, crop.image)
                 coloured += crop.lost_colour
-                crop.report |= sources.hashes(row, Path(raw))
+                crop.report |= _same(before, sources.hashes(row, Path(raw)), f"{data.table} row {row.number}")
                 report.add(row, patients[i], crop)
                 summary.warnings += [f"row {row.number}: {text}" for text in crop.warnings]
                 progress(i + 1, len(rows))
@@ -199,6 +200,13 @@ def _read_table(raw: Path, data: Data, classes: Sequence[str]) -> tuple[list[Row
     if now() != before or not before:
         raise BadInput("the table changed while it was read", data.table, "run the same command again")
     return rows, before
+
+
+def _same(before: dict[str, str] | None, after: dict[str, str], where: str) -> dict[str, str]:
+    """The hashes of the very files that a row was read from: they may be replaced meanwhile."""
+    if before != after:
+        raise BadInput("an image or its mask changed while it was read", where, "run the same command again")
+    return after
 
 
 def crop_image(row: Row, raw: Path, data: Data, reader: Reader) -> Crop:

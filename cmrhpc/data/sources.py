@@ -19,6 +19,14 @@ def hashes(row: Row, raw: Path) -> dict[str, str]:
     return {column: sha256_file(raw / path) if path else "" for column, path in named.items()}
 
 
+def hashes_now(row: Row, raw: Path) -> dict[str, str] | None:
+    """The same; None where a file cannot be read, of which who reads it for its pixels says more."""
+    try:
+        return hashes(row, raw)
+    except OSError:
+        return None
+
+
 def changed(rows: Sequence[Row], raw: Path, report: str) -> str:
     """The first row whose image or mask is no longer the file that the report names, in words; empty when all are.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc import files, init
 from cmrhpc.data.hints import class_slips, ignored_columns
 from cmrhpc.data.ingest import ingest
 from cmrhpc.errors import BadInput
@@ -82,6 +83,20 @@ def test_a_third_class_by_a_slip_is_told_when_two_were_meant(tmp_path: Path) -> 
         make_workspace(tmp_path / "ws", "demo", tmp_path / "raw", positive="disease")
     assert 'did you mean "normal"' in caught.value.mend
     assert '"normal" 5 images of 3 patients' in caught.value.mend
+
+
+def test_of_two_inits_at_once_one_makes_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_raw(tmp_path / "raw")
+    study = tmp_path / "ws" / "study.toml"
+
+    def meanwhile(*arguments: object) -> list[str]:
+        files.atomic_write(study, "of another init")
+        return []
+
+    monkeypatch.setattr(init, "class_slips", meanwhile)
+    with pytest.raises(BadInput, match="has a study already"):
+        make_workspace(tmp_path / "ws", "demo", tmp_path / "raw")
+    assert study.read_text() == "of another init"
 
 
 def test_the_order_of_classes_does_not_depend_on_the_order_of_rows() -> None:

@@ -386,6 +386,23 @@ def test_same_folder_same_cohort_and_bounded_memory_changes_nothing(
     assert (second.content_sha256, second.files) == hashes
 
 
+def test_an_image_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cohort would name the hash of a file that it was not made from."""
+    make_raw(tmp_path / "raw")
+    first, second = sorted((tmp_path / "raw").glob("**/*.mha"))[:2]
+    cut = module.cut_image
+
+    def cut_and_replace(*arguments: object) -> object:
+        found = cut(*arguments)  # type: ignore[arg-type]
+        shutil.copy(second, first)
+        return found
+
+    monkeypatch.setattr(module, "cut_image", cut_and_replace)
+    with pytest.raises(BadInput, match="changed while it was read") as caught:
+        run(tmp_path)
+    assert "row" in caught.value.where
+
+
 def test_progress_is_told_and_the_sheet_is_a_picture(tmp_path: Path) -> None:
     make_raw(tmp_path / "raw", 4, 1)
     told: list[tuple[int, int]] = []
