@@ -1,6 +1,6 @@
 """What `cmrhpc doctor` finds on a login node: Slurm, Apptainer, the image, the shared file system, clocks and disks.
 
-Asks programs with a time limit; of files it makes only some of its own in the workspace, and removes them.
+Asks programs with a time limit. Writes only temporary files in the workspace, and removes them.
 """
 
 from __future__ import annotations
@@ -275,9 +275,9 @@ def _links(folder: Path, mend: str) -> Finding:
     try:
         first, second = files.create_once(folder / "once", "1"), files.create_once(folder / "once", "2")
     except BadInput as error:
-        return finding(False, f"files cannot be created once and for all here: {error.what}", mend)
+        return finding(False, f"exclusive file creation does not work: {error.what}", mend)
     right = first and not second
-    return finding(right, f"of two who create one file {'one wins' if right else 'not exactly one wins'}", mend)
+    return finding(right, f"exclusive file creation {'works' if right else 'does not work'}", mend)
 
 
 def _shard(folder: Path, mend: str) -> Finding:

@@ -68,7 +68,7 @@ def _with_slurm(workspace: Workspace, executor: Any, profile: Profile | None) ->
         asked = own_parameters(workspace, array, token, depends_on)
         if profile:
             asked = parameters(workspace, array, profile, token, depends_on)
-        with _changed(executor, over(executor.parameters, asked)):
+        with _changed(executor, merged_parameters(executor.parameters, asked)):
             minutes = executor.parameters.get("time", 5)
             note = submission_of(
                 array,
@@ -148,10 +148,10 @@ def _changed(executor: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
         executor.parameters.update(before)
 
 
-def over(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def merged_parameters(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """What is asked for, over what the user's executor says.
 
-    What is not asked for takes nothing away, but for GPUs: where a profile speaks, it alone says how many.
+    Parameters not asked for stay, except GPUs: a profile alone decides how many.
     """
     more = before.get("additional_parameters") or {}
     if "gres" in asked:

@@ -1,4 +1,4 @@
-"""What the newest try of each task came to: one small JSON file beside its log.
+"""Outcome of the latest attempt at each task: one small JSON file beside its log.
 
 For people; truth lives in the shards.
 """

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # sbatch takes these from its environment before what the file says.
 _WIN = ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "TIMELIMIT", "WAIT")
-# So they do these, which are the user's own where the file says nothing of it.
+# The same for these, but only where the file sets the option; otherwise they are the user's choice.
 _WIN_IF_TOLD: dict[str, tuple[str, ...]] = {
     name: (name.upper(),) for name in ("partition", "account", "qos", "constraint", "reservation")
 }
@@ -211,8 +211,8 @@ def owner_writes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(told: Iterable[str]) -> Iterator[None]:
-    """Without variables that would win over the sbatch file: those of ours, and inside a job all that are the job's,
-    but for which Slurm is asked.
+    """Remove environment variables that would override the sbatch file; inside a job also that job's own, except those
+    that select the cluster.
 
     told: options of sbatch in the file, e.g. "gpus-per-node".
     """

@@ -82,7 +82,7 @@ def print_status(root: str, json_wanted: bool) -> int:
 def watch(root: str, seconds: float | None = None) -> int:
     """Show the status anew until nothing runs and nothing waits in a queue. Not on a terminal: each change once.
 
-    Every five seconds, and where Slurm is asked, whom everybody asks, every thirty.
+    Every 5 s, or every 30 s where Slurm is queried, to spare the controller.
     """
     seconds = (30.0 if slurm.installed() else 5.0) if seconds is None else seconds
     terminal = sys.stdout.isatty()

@@ -27,7 +27,7 @@ NOT_STARTED = "not started"
 
 @dataclass(frozen=True)
 class TaskStatus:
-    """One task that is not done. state: running, waiting or failed. queued: whether Slurm has it, waiting."""
+    """One task that is not done. word: running, waiting or failed. queued: whether Slurm has it, waiting."""
 
     state: State
     word: str
@@ -210,7 +210,7 @@ class _Jobs:
                 # Where there is no Slurm to ask, no later look will tell more.
                 queued = slurm.installed()
                 return TaskStatus(state, WAITING, f"submitted as job {last.job}", log, last.job, queued)
-            reason = "its job has left the queue without a word of its task: cancelled, failed, or its node was lost"
+            reason = "its job left the queue and the task left no record: cancelled, failed, or its node was lost"
             return TaskStatus(state, FAILED, reason, log, last.job)
         return self._recorded(state, record, log) if record else self._unknown(state, log)
 

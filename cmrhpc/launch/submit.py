@@ -273,10 +273,9 @@ def max_elements(limits: slurm.Limits) -> int:
 def more_for_what_lacked_it(
     workspace: Workspace, missing: Mapping[str, Sequence[State]], queue: Queue, profile: Profile
 ) -> tuple[More, list[str]]:
-    """Twice the time or memory, up to the maximum, for tasks whose job ended for lack of it; and in words.
+    """Twice the time or memory, up to the maximum, for tasks whose job ran out of it, with notes.
 
-    The maximum is the profile's; of time the partition's too. A task that says itself why it failed
-    beside another that ran out of time lacked nothing.
+    The maximum is the profile's; of time the partition's too. A task that recorded another cause gets no more.
     """
     wanted = {(stage, s.index) for stage, found in missing.items() for s in found}
     tried = [s for s in queue.submissions if any((s.stage, i) in wanted for e in s.elements for i in e)]

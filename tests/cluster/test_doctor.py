@@ -38,7 +38,7 @@ def test_everything_that_a_cluster_has(login_node: Node) -> None:
         "user namespaces work: images can be run and built here",
         f"image {image.SIF}: its checksum holds",
         "ws is writable and renames in one step",
-        "of two who create one file one wins",
+        "exclusive file creation works",
         "a shard can be written and read here",
         "the file system's clock agrees with this machine's",
     } <= well

@@ -37,7 +37,7 @@ def test_machine_without_a_cluster(
     assert not found(findings, "Slurm is not here")["ok"]
     assert not found(findings, "Apptainer is not here")["ok"]
     assert found(findings, "is writable and renames in one step")["ok"]
-    assert found(findings, "of two who create one file one wins")["ok"]
+    assert found(findings, "exclusive file creation works")["ok"]
     assert found(findings, "a shard can be written and read here")["ok"]
     assert found(findings, "the file system's clock agrees")["ok"]
     assert os.listdir(tmp_path) == []

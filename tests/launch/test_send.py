@@ -18,7 +18,7 @@ from cmrhpc.errors import BadInput
 from cmrhpc.launch import send
 from cmrhpc.launch.arrays import Array, Ask
 from cmrhpc.launch.cluster import path_findings
-from cmrhpc.launch.executors import asked_gpus, over
+from cmrhpc.launch.executors import asked_gpus, merged_parameters
 from cmrhpc.launch.send import dependency, own_parameters, parameters, script, settings
 from cmrhpc.profile import Profile, parse_profile
 from cmrhpc.workspace import Workspace
@@ -248,11 +248,11 @@ def test_a_profile_alone_says_how_many_gpus(workspace: Workspace) -> None:
     }
     for name, gpus in (("ingest", 0), ("synthesize", 1), ("refine", 1)):
         text, array = ARRAYS[name]
-        made = over(own, parameters(workspace, array, parse_profile(text), "0a1b2c3d", None))
+        made = merged_parameters(own, parameters(workspace, array, parse_profile(text), "0a1b2c3d", None))
         assert asked_gpus(made) == gpus
         assert not {"mem_per_gpu", "num_gpus", "gpus_per_task"} & set(made)
         assert (made["exclude"], made["additional_parameters"]["x"]) == ("n7", 1)
-    assert asked_gpus(over(own, own_parameters(workspace, array, "0a1b2c3d", None))) == 4
+    assert asked_gpus(merged_parameters(own, own_parameters(workspace, array, "0a1b2c3d", None))) == 4
 
 
 @pytest.mark.parametrize(
@@ -272,12 +272,12 @@ def test_gpus_of_an_executor(own: dict[str, Any], gpus: int) -> None:
 def test_a_profile_takes_nothing_from_the_users_own_executor(workspace: Workspace) -> None:
     own = {"partition": "mine", "setup": ["module load x"], "additional_parameters": {"exclusive": True}, "time": 5}
     asked = parameters(workspace, ARRAYS["classify"][1], parse_profile(""), "0a1b2c3d", "afterany:12")
-    made = over(own, asked)
+    made = merged_parameters(own, asked)
     assert (made["partition"], made["time"], made["dependency"]) == ("mine", 360, "afterany:12")
     assert made["setup"] == ["module load x", "umask 007"]
     assert made["additional_parameters"] == {"exclusive": True, "requeue": True, "kill-on-invalid-dep": "yes"}
     first = own_parameters(workspace, ARRAYS["ingest"][1], "0a1b2c3d", None)
-    assert over(made, first)["dependency"] is None
+    assert merged_parameters(made, first)["dependency"] is None
 
 
 def test_a_variable_of_sbatch_wins_over_nothing_that_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ SUBMITTED = Submission(
         ("running", "", "", ("failed", "its job has left the queue: killed, cancelled, out of time")),
         ("stopped", "", "", ("waiting", "checkpointed: run or submit it again")),
         ("failed", "", "", ("failed", "the reason of the record")),
-        ("", "", "", ("failed", "its job has left the queue without a word")),
+        ("", "", "", ("failed", "its job left the queue and the task left no record")),
     ],
 )
 def test_states(
@@ -300,7 +300,7 @@ def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
     assert watch(str(workspace.root), seconds=0) == 0
     said = capsys.readouterr().out
     assert said.count("running  dae-gan fold 0 repeat 0 class 1 (job 40_1): starting on n1") == 1
-    assert "failed   dae-gan fold 0 repeat 0 class 0 and 3 more of synthesize: its job has left the queue" in said
+    assert "failed   dae-gan fold 0 repeat 0 class 0 and 3 more of synthesize: its job left the queue" in said
 
 
 @pytest.mark.parametrize(("path", "seconds"), [("", 30.0), ("/nowhere", 5.0)])
