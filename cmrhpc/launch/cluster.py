@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -128,7 +127,7 @@ def _asked_for(partitions: list[Partition], profile: Profile) -> list[Finding]:
         if not here:
             continue
         ask, where = profile.resources(stage), ",".join(partition.name for partition in here)
-        if all(ask.seconds > _most_seconds(partition) for partition in here):
+        if all(ask.seconds > partition.most_seconds for partition in here):
             gives = ", ".join(dict.fromkeys(partition.time_limit for partition in here))
             what = f"{who}: {stage} asks for {ask.time}, partition {where} gives {gives}"
             found.append(finding(False, what, "ask for less: a task that runs out of time goes on from its checkpoint"))
@@ -146,15 +145,6 @@ def _asked_for(partitions: list[Partition], profile: Profile) -> list[Finding]:
 
 def _have_gpus(partitions: list[Partition]) -> bool:
     return any(kind.startswith("gpu") for partition in partitions for kind in partition.gres)
-
-
-def _most_seconds(partition: Partition) -> float:
-    """The longest that a job may run there."""
-    from cmrhpc.profile import time_seconds
-
-    with contextlib.suppress(BadInput):  # "infinite"
-        return time_seconds(partition.time_limit)
-    return math.inf
 
 
 def _gpu_type(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import IO
+
+from cmrhpc.errors import BadInput
+from cmrhpc.profile import time_seconds
 
 PATIENCE_S = 10.0  # a controller that has not answered by then is overloaded or gone
 # States in which an element has ended, and comes back only if somebody asks for it.
@@ -81,6 +85,13 @@ class Partition:
     time_limit: str
     nodes: int
     gres: tuple[str, ...]
+
+    @property
+    def most_seconds(self) -> float:
+        """The longest that a job may run there."""
+        with contextlib.suppress(BadInput):  # "infinite"
+            return time_seconds(self.time_limit)
+        return math.inf
 
 
 @dataclass(frozen=True)

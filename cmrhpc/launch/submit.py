@@ -334,14 +334,8 @@ def _most_seconds(profile: Profile, stage: str) -> float:
     """The longest time that a task of a stage may be given, as far as it is known."""
     told = time_seconds(profile.slurm.max_time) if profile.slurm.max_time else math.inf
     names = [name for name in profile.slurm_of(stage).partition.split(",") if name]
-    known = [p for p in slurm.partitions() or [] if (p.name in names if names else p.default)]
-    longest = 0.0
-    for partition in known:
-        try:
-            longest = max(longest, time_seconds(partition.time_limit))
-        except BadInput:  # "infinite"
-            return told
-    return min(told, longest or math.inf)
+    here = [p.most_seconds for p in slurm.partitions() or [] if (p.name in names if names else p.default)]
+    return min(told, max(here, default=math.inf))
 
 
 # ------------------------------------------------------------------------------------------------ sending it
