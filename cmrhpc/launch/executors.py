@@ -14,8 +14,9 @@ from cmrhpc.errors import BadInput, Incomplete, UsageError
 from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.arrays import Array, plan_arrays
 from cmrhpc.launch.element import run_element
+from cmrhpc.launch.queued import ask_queue, claim_folder
 from cmrhpc.launch.send import dependency, own_parameters, parameters, send_with, settings, submission_of
-from cmrhpc.launch.submit import ask_queue, claim_folder, limits_for, submit_all
+from cmrhpc.launch.submit import limits_for, submit_all
 from cmrhpc.paths import check_for_slurm
 from cmrhpc.planning import STAGES
 from cmrhpc.profile import Profile, gpu_count, load_profile, parse_profile

@@ -14,8 +14,9 @@ from cmrhpc.errors import BadInput, UsageError
 from cmrhpc.launch.arrays import Array
 from cmrhpc.launch.estimate import table
 from cmrhpc.launch.planned import array_ranges
+from cmrhpc.launch.queued import ask_queue
 from cmrhpc.launch.send import other_version, send, settings
-from cmrhpc.launch.submit import Proposal, as_json, ask_queue, describe, dry_run, limits_for, propose, submit_all
+from cmrhpc.launch.submit import Proposal, as_json, describe, dry_run, limits_for, propose, submit_all
 from cmrhpc.paths import check_for_slurm
 from cmrhpc.profile import Profile, load_profile
 from cmrhpc.workspace import Workspace

@@ -17,6 +17,7 @@ from cmrhpc import files
 from cmrhpc.cli import main
 from cmrhpc.errors import BadInput, CmrhpcError, Incomplete
 from cmrhpc.launch import records, submit
+from cmrhpc.launch.queued import ask_queue
 from cmrhpc.launch.reasons import user_name
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Limits
@@ -33,7 +34,7 @@ SENT = Submission("7", "classify", ((0,), (1, 2)), 1e9, time_limit_s=6 * 3600, m
 
 
 def propose(workspace: Workspace, text: str = PROFILE) -> submit.Proposal:
-    return submit.propose(workspace, parse_profile(text), submit.ask_queue(workspace), Limits())
+    return submit.propose(workspace, parse_profile(text), ask_queue(workspace), Limits())
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_plain_sbatch_of_who_shares_the_workspace_is_left_out_where_a_record_tel
     for name, held in (("classify", {5: "40", 6: "40"}), ("somebody-elses", {})):
         lines = "; ".join(f"echo '40_{k}|RUNNING|None|n1|{name}|(null)'" for k in (1, 2))
         program("squeue", f"[[ $* != *--jobs=40* ]] || {{ {lines}; }}")
-        assert submit.ask_queue(ready).tasks == {("classify", index): job for index, job in held.items()}
+        assert ask_queue(ready).tasks == {("classify", index): job for index, job in held.items()}
 
 
 def test_a_job_of_this_workspace_without_a_record_stops_a_submission(ready: Workspace, program: Put) -> None:
@@ -111,7 +112,7 @@ def test_what_another_cluster_may_hold_is_told(ready: Workspace, program: Put) -
     here = Limits(cluster="near")
 
     def notes(limits: Limits) -> list[str]:
-        return submit.propose(ready, parse_profile(PROFILE), submit.ask_queue(ready), limits).notes
+        return submit.propose(ready, parse_profile(PROFILE), ask_queue(ready), limits).notes
 
     assert notes(here) == [
         "sent before on the cluster far, whose queue near does not show: job 7; "
@@ -139,7 +140,7 @@ def test_where_jobs_are_private_a_colleague_may_hold_tasks(ready: Workspace, pro
     limits = submit.limits_for(parse_profile(PROFILE))
 
     def notes() -> list[str]:
-        return submit.propose(ready, parse_profile(PROFILE), submit.ask_queue(ready), limits).notes
+        return submit.propose(ready, parse_profile(PROFILE), ask_queue(ready), limits).notes
 
     assert limits.private
     assert notes() == []  # our own
@@ -167,7 +168,7 @@ def test_plain_sbatch_is_left_out_where_a_record_tells(ready: Workspace, program
     ]
     note(ready, 5, records.RUNNING, "1")
     found = propose(ready)
-    assert submit.ask_queue(ready).tasks == {("classify", 5): "40", ("classify", 6): "40"}
+    assert ask_queue(ready).tasks == {("classify", 5): "40", ("classify", 6): "40"}
     assert (found.queued, found.notes) == (2, [])
     (report,) = [array for array in found.arrays if array.stage == "aggregate"]
     assert "40" in report.after  # it waits for what was sent by hand too
@@ -178,9 +179,9 @@ def test_of_a_job_of_another_name_only_what_it_runs_now_is_left_out(ready: Works
     note(ready, 4, records.FAILED, "0")
     note(ready, 5, records.RUNNING, "1")
     note(ready, 6, records.STOPPED, "2")
-    assert submit.ask_queue(ready).tasks == {("classify", 5): "40"}
+    assert ask_queue(ready).tasks == {("classify", 5): "40"}
     program("squeue", "echo '40_2|PENDING|BeginTime||my-own|(null)'")
-    assert submit.ask_queue(ready).tasks == {("classify", 6): "40"}
+    assert ask_queue(ready).tasks == {("classify", 6): "40"}
 
 
 POLICY = (
@@ -513,7 +514,7 @@ def test_limits_of_the_cluster_cut_the_arrays() -> None:
 
 def test_more_than_may_be_queued_is_told_before(ready: Workspace, program: Put) -> None:
     program("squeue", "exit 0")
-    profile, queue = parse_profile(""), submit.ask_queue(ready)
+    profile, queue = parse_profile(""), ask_queue(ready)
     assert submit.propose(ready, profile, queue, Limits(max_submit=19)).notes == []
     (note,) = submit.propose(ready, profile, queue, Limits(max_submit=18)).notes
     assert "you may have 18 jobs queued at once, and these are 19" in note
