@@ -111,6 +111,8 @@ def _holder(path: Path) -> str:
         here = told["host"] == files.host_name()
         ended = files.has_ended(int(told["pid"]), told["start"]) if here else None
     except FileNotFoundError:
+        if path.is_symlink():  # to nowhere, and none of ours
+            return ""
         raise
     except OSError as error:
         who, ended = f"its claim cannot be read ({error.strerror})", None

@@ -79,12 +79,12 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
     plain = _by_plain_sbatch(records, rest, trusted=own.keys())
     told = set(plain.values())
     unknown = {key.partition("_")[0]: e for key, e in rest.items() if key in own and key.partition("_")[0] not in told}
-    under_way = _left_over(workspace)  # of a submission that is at work now
-    lost = [job for job, e in unknown.items() if e.comment == comment(workspace) and e.name not in under_way]
-    if lost:
+    under_way = _left_over(workspace)
+    lost = {job for job, e in unknown.items() if e.comment == comment(workspace) and e.name not in under_way}
+    if lost and (lost := lost - {s.job for s in read_submissions(workspace)}):  # not sent by another one just now
         what = "the queue has jobs of this workspace whose record in submissions/ is gone or damaged"
         mend = "`scancel` them, or wait for their end: their tasks would run twice"
-        raise Incomplete(what, f"job {', '.join(lost[:5])}", mend)
+        raise Incomplete(what, f"job {_some(sorted(lost))}", mend)
     doubtful = tuple(job for job, e in unknown.items() if e.name in STAGES)
     return Queue(submissions, found, plain | tasks, doubtful)
 

@@ -68,6 +68,9 @@ def test_a_damaged_claim_holds_nobody_up(tmp_path: Path) -> None:
     (tmp_path / "00000007.json").write_text("{")
     with claim.hold(tmp_path) as ours:
         assert ours.number == 8
+    (tmp_path / "00000009.json").symlink_to("nowhere")
+    with claim.hold(tmp_path) as ours:
+        assert ours.number == 10
 
 
 @pytest.mark.parametrize("times", [1, 99])

@@ -87,6 +87,13 @@ def test_a_job_of_this_workspace_without_a_record_stops_a_submission(ready: Work
     program("squeue", f"[[ $* = *--name=* ]] || echo '{row}'")
     with pytest.raises(Incomplete, match="whose record in submissions/ is gone"):
         propose(ready)
+    # Another submission has sent it and noted it while the queue was asked for.
+    (ready.root / "submissions").mkdir()
+    (late := ready.root.parent / "late").write_text(as_text(SENT))
+    record = ready.root / "submissions" / "7.json"
+    program("squeue", f"[[ $* != *--user=* ]] || {{ cp {late} {record}; echo '{row}'; }}")
+    assert propose(ready).queued == 0
+    record.unlink()
     program("squeue", f"echo '{row.replace('PENDING', 'COMPLETED')}'; echo '{row}2'")  # ended, and of another one
     assert propose(ready).tasks == 19
     program("squeue", f"echo '{row}'")
