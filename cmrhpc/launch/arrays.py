@@ -22,7 +22,7 @@ TRAINING = ("synthesize", "refine", "classify")
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """What one array element asks for. seconds: time limit. memory: MiB. gres, gpus: as the profile writes them."""
 
     seconds: int
@@ -43,7 +43,7 @@ class Array:
     name: str
     stage: str
     elements: tuple[tuple[int, ...], ...]
-    ask: Ask
+    request: Request
     after: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
@@ -105,10 +105,10 @@ def _plan(
     names: Counter[str] = Counter()
 
     def add(label: str, stage: str, states: Sequence[State], **dependencies: tuple[str, ...]) -> None:
-        for part, ask in _chunks(states, profile, more, max_elements):
+        for part, request in _chunks(states, profile, more, max_elements):
             names[label] += 1
             name = label if names[label] == 1 else f"{label}-{names[label]}"
-            array = Array(name, stage, part, ask, **dependencies)
+            array = Array(name, stage, part, request, **dependencies)
             arrays.append(array)
             held = set(array.tasks)
             maker.update({s.task.output: name for s in states if s.index in held})
@@ -161,7 +161,7 @@ def _label(stage: str, place: tuple[int, ...]) -> str:
 
 def _chunks(
     states: Iterable[State], profile: Profile, more: More, max_elements: int
-) -> Iterator[tuple[tuple[tuple[int, ...], ...], Ask]]:
+) -> Iterator[tuple[tuple[tuple[int, ...], ...], Request]]:
     """Elements of tasks that ask for the same, at most `max_elements` at a time."""
     alike: dict[tuple[int, int], list[State]] = {}
     for state in states:
@@ -176,4 +176,4 @@ def _chunks(
         for i in range(0, len(elements), max_elements):
             part = tuple(elements[i : i + max_elements])
             most = max(len(element) for element in part)
-            yield part, Ask(seconds, asked.cpus * most, memory * most, asked.gres, asked.gpus)
+            yield part, Request(seconds, asked.cpus * most, memory * most, asked.gres, asked.gpus)

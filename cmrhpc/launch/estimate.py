@@ -71,7 +71,7 @@ def expected(
         seconds = 0.0
         for array in own:
             for element in array.elements:
-                seconds += max(known.get(kinds[stage, index], array.ask.seconds) for index in element)
+                seconds += max(known.get(kinds[stage, index], array.request.seconds) for index in element)
         rows[stage] = Expected(
             tasks=sum(len(array.tasks) for array in own),
             elements=sum(len(array.elements) for array in own),

@@ -102,7 +102,7 @@ def _one_after_the_other(workspace: Workspace, executor: Any, profile: Profile) 
             missing["aggregate"] = list(states["aggregate"])
         for array in plan_arrays(missing, profile):
             variables = settings(workspace, profile, array.stage)
-            limit = {"timeout_min": array.ask.seconds / 60}  # LocalExecutor's own is two minutes
+            limit = {"timeout_min": array.request.seconds / 60}  # LocalExecutor's own is two minutes
             with _changed(executor, limit | executor.parameters):
                 for i in range(0, len(array.elements), at_once):
                     ours.renew()

@@ -150,7 +150,7 @@ def parameters(
     workspace: Workspace, array: Array, profile: Profile, token: str, depends_on: str | None
 ) -> dict[str, Any]:
     """Everything that SlurmExecutor is told for one array."""
-    common, ask = profile.slurm_of(array.stage), array.ask
+    common, request = profile.slurm_of(array.stage), array.request
     own = own_parameters(workspace, array, token, depends_on)
     for option in common.options:
         name, sign, value = option.removeprefix("--").partition("=")
@@ -160,11 +160,11 @@ def parameters(
         "account": common.account or None,
         "qos": common.qos or None,
         "constraint": common.constraint or None,
-        "time": ask.seconds // 60,
-        "cpus_per_task": ask.cpus,
-        "mem": memory_text(ask.memory),
-        "gres": ask.gres or None,
-        "gpus_per_node": ask.gpus or None,
+        "time": request.seconds // 60,
+        "cpus_per_task": request.cpus,
+        "mem": memory_text(request.memory),
+        "gres": request.gres or None,
+        "gpus_per_node": request.gpus or None,
         "ntasks_per_node": 1,
         "signal_delay_s": common.signal_seconds,
         "array_parallelism": len(array.elements),
@@ -172,7 +172,7 @@ def parameters(
         "wckey": None,  # submitit's own default, which a cluster that checks them refuses
         "setup": ["umask 007", *profile.environment.lines],
         # A step inherits neither the environment under --export=NONE nor, since Slurm 22.05, the cores of its job.
-        "srun_args": ["--export=ALL", f"--cpus-per-task={ask.cpus}"],
+        "srun_args": ["--export=ALL", f"--cpus-per-task={request.cpus}"],
     }
 
 
@@ -259,8 +259,8 @@ def send(
     depends_on = dependency(array, jobs)
     executor = SlurmExecutor(place)
     executor.update_parameters(**parameters(workspace, array, profile, token, depends_on))
-    gpus, memory = profile.gpus(array.stage), memory_text(array.ask.memory)
-    limits = {"time_limit_s": array.ask.seconds, "memory": memory, "gpus": gpus}
+    gpus, memory = profile.gpus(array.stage), memory_text(array.request.memory)
+    limits = {"time_limit_s": array.request.seconds, "memory": memory, "gpus": gpus}
     asked = submission_of(array, token, jobs, cluster, profile=profile.name, **limits)
     try:
         return send_with(workspace, asked, executor, settings(workspace, profile, array.stage))

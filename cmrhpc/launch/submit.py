@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cmrhpc import files, validity
 from cmrhpc.errors import BadInput, Incomplete
 from cmrhpc.launch import claim, slurm
-from cmrhpc.launch.arrays import Array, Ask, plan_arrays
+from cmrhpc.launch.arrays import Array, Request, plan_arrays
 from cmrhpc.launch.estimate import Expected, expected
 from cmrhpc.launch.queued import Queue, ask_queue, claim_folder, doubts
 from cmrhpc.launch.retry import more_for_what_lacked_it
@@ -121,11 +121,11 @@ def submit_all(
         sent: list[tuple[Array, list[Job[str]]]] = []
         jobs: dict[str, str] = {}
         lost: set[str] = set()  # arrays that Slurm refuses, and what cannot do without them
-        refusals: dict[tuple[str, Ask], BadInput] = {}
+        refusals: dict[tuple[str, Request], BadInput] = {}
         try:
             for planned in now.arrays:
                 ours.renew()
-                same, report = (planned.stage, planned.ask), planned.stage == "aggregate"
+                same, report = (planned.stage, planned.request), planned.stage == "aggregate"
                 needed = planned.needs if report else (*planned.needs, *planned.after)
                 if lost.intersection(needed) or same in refusals or (report and refusals and not sent):
                     lost.add(planned.name)
@@ -153,9 +153,9 @@ def describe(array: Array, jobs: Mapping[str, str] | None = None) -> str:
     """For people: how many tasks, what each element asks for, what it waits for."""
     n, elements = len(array.tasks), len(array.elements)
     tasks = f"{n} task{'s' * (n > 1)}" + (f" in {elements} elements" if elements < n else "")
-    ask = array.ask
-    parts = [tasks, time_text(ask.seconds), memory_text(ask.memory), f"{ask.cpus} cpus", ask.gres]
-    parts += [f"gpus {ask.gpus}"] if ask.gpus else []
+    request = array.request
+    parts = [tasks, time_text(request.seconds), memory_text(request.memory), f"{request.cpus} cpus", request.gres]
+    parts += [f"gpus {request.gpus}"] if request.gpus else []
     waits = dependency(array, jobs or {})
     return ", ".join(filter(None, parts)) + (f", {waits}" if waits else "")
 
@@ -192,8 +192,8 @@ def as_json(proposal: Proposal, sent: Iterable[tuple[Array, list[Job[str]]]]) ->
             "job": jobs.get(a.name),
             "elements": a.elements,
             "after": [*a.needs, *a.after],
-            "time": time_text(a.ask.seconds),
-            "memory": memory_text(a.ask.memory),
+            "time": time_text(a.request.seconds),
+            "memory": memory_text(a.request.memory),
         }
         for a in proposal.arrays
     ]

@@ -148,8 +148,8 @@ def test_tasks_share_a_gpu_and_what_their_element_asks_for_grows(study_text: str
     arrays = {a.name: a for a in plan_arrays(missing, profile)}
     shared, single = arrays["classify-real"], arrays["classify-r0f0-2"]
     assert shared.elements == ((0, 1, 5), (6,))
-    assert (shared.ask.cpus, shared.ask.memory, shared.ask.gres) == (6, 12288, "gpu:1")
-    assert (single.ask.cpus, single.ask.memory) == (2, 4096)
+    assert (shared.request.cpus, shared.request.memory, shared.request.gres) == (6, 12288, "gpu:1")
+    assert (single.request.cpus, single.request.memory) == (2, 4096)
     assert arrays["synthesize-r0f0"].elements == ((0,), (1,))
 
 
@@ -158,7 +158,7 @@ def test_what_needs_more_goes_in_an_array_of_its_own(study_text: str) -> None:
     missing = all_missing(study, [COHORT, FOLDS])
     arrays = plan_arrays(missing, PROFILE, more={("classify", 5): (99 * 3600, 16384)})
     check(arrays, missing, study)
-    real = {a.name: (a.tasks, a.ask.seconds) for a in arrays if a.name.startswith("classify-real")}
+    real = {a.name: (a.tasks, a.request.seconds) for a in arrays if a.name.startswith("classify-real")}
     assert real == {"classify-real": ([0, 1, 6], 6 * 3600), "classify-real-2": ([5], 99 * 3600)}
 
 

@@ -16,7 +16,7 @@ import pytest
 from cmrhpc.cli import main
 from cmrhpc.errors import BadInput
 from cmrhpc.launch import send
-from cmrhpc.launch.arrays import Array, Ask
+from cmrhpc.launch.arrays import Array, Request
 from cmrhpc.launch.cluster import path_findings
 from cmrhpc.launch.executors import asked_gpus, merged_parameters
 from cmrhpc.launch.send import dependency, own_parameters, parameters, script, settings
@@ -42,20 +42,20 @@ memory = "24G"
 gres = "gpu:a100:1"
 """
 ARRAYS = {
-    "ingest": ("", Array("ingest", "ingest", ((0,),), Ask(7200, 4, 8192, ""))),
+    "ingest": ("", Array("ingest", "ingest", ((0,),), Request(7200, 4, 8192, ""))),
     "synthesize": (
         FULL,
-        Array("synthesize-r0f1", "synthesize", ((2,), (3,)), Ask(129600, 4, 24576, "gpu:a100:1"), (), ("11",)),
+        Array("synthesize-r0f1", "synthesize", ((2,), (3,)), Request(129600, 4, 24576, "gpu:a100:1"), (), ("11",)),
     ),
     "classify": (
         "[stages.classify]\ntasks_per_gpu = 2\n",
-        Array("classify-r0f1", "classify", ((5, 6), (7,)), Ask(21600, 4, 32768, "gpu:1"), ("12", "13"), ("11",)),
+        Array("classify-r0f1", "classify", ((5, 6), (7,)), Request(21600, 4, 32768, "gpu:1"), ("12", "13"), ("11",)),
     ),
     "refine": (
         '[slurm]\npartition = "cpu"\naccount = "heart"\n[stages.refine]\npartition = "gpu,long"\ngpus = "a100:1"\n',
-        Array("refine-r0f1", "refine", ((2,), (3,)), Ask(21600, 2, 8192, "", "a100:1"), ("12",), ("11",)),
+        Array("refine-r0f1", "refine", ((2,), (3,)), Request(21600, 2, 8192, "", "a100:1"), ("12",), ("11",)),
     ),
-    "aggregate": ("", Array("aggregate", "aggregate", ((0,),), Ask(3600, 2, 8192, ""), ("14", "15"))),
+    "aggregate": ("", Array("aggregate", "aggregate", ((0,),), Request(3600, 2, 8192, ""), ("14", "15"))),
 }
 
 

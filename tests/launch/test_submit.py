@@ -333,7 +333,7 @@ def test_out_of_memory_asks_for_twice_what_a_task_had(ready: Workspace, program:
     ended(program, "FAILED", "OUT_OF_MEMORY")
     found = propose(ready, PROFILE + '[stages.classify]\nmemory = "4G"\n')
     # The element of two tasks had 16 GB.
-    asked = {index: a.ask.memory // 1024 for a in found.arrays if a.stage == "classify" for index in a.tasks}
+    asked = {index: a.request.memory // 1024 for a in found.arrays if a.stage == "classify" for index in a.tasks}
     assert [asked[i] for i in (0, 1, 2, 3)] == [4, 16, 16, 4]
     assert found.notes == ["classify: 2 tasks ran out of memory; asking for 16G instead of 4G"]
 
@@ -351,7 +351,7 @@ def test_a_step_out_of_memory_asks_for_more_though_its_job_only_failed(ready: Wo
     program("sacct", f"[[ $* = *--allocations* ]] || printf '%s\\n' {' '.join(map(repr, rows))}")
     for queue in ("exit 0", 'for k in 0 1; do echo "7_$k|FAILED|NonZeroExitCode|n1|classify-real-aa|c"; done'):
         program("squeue", queue)
-        asked = {i: a.ask.memory for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
+        asked = {i: a.request.memory for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
         assert [asked[i] // 1024 for i in (0, 1)] == [20, 16]
         assert [t.reason for t in status(ready).stages["classify"].tasks[:2]] == [
             "out of memory: submit again with more",
@@ -366,7 +366,7 @@ def test_a_task_that_failed_by_itself_beside_one_out_of_memory_gets_no_more(read
         record = Record(records.FAILED, why, host="n1", pid=1, start="1", time=2e9, job="7", element="1")
         files.atomic_write(records.record_path(ready, "classify", index), json.dumps(dataclasses.asdict(record)))
     found = propose(ready, PROFILE + '[stages.classify]\nmemory = "4G"\n').arrays
-    asked = {i: a.ask.memory // 1024 for a in found if a.stage == "classify" for i in a.tasks}
+    asked = {i: a.request.memory // 1024 for a in found if a.stage == "classify" for i in a.tasks}
     assert [asked[i] for i in (1, 2)] == [4, 16]
 
 
@@ -374,7 +374,7 @@ def test_no_more_than_the_profile_allows(ready: Workspace, program: Put) -> None
     write_submission(ready, dataclasses.replace(SENT, time_limit_s=15 * 3600, memory="20G"))
     ended(program, "OUT_OF_MEMORY", "TIMEOUT")
     found = propose(ready, PROFILE + '[stages.classify]\nmemory = "20G"\n')
-    asked = {index: a.ask.seconds // 3600 for a in found.arrays if a.stage == "classify" for index in a.tasks}
+    asked = {index: a.request.seconds // 3600 for a in found.arrays if a.stage == "classify" for index in a.tasks}
     assert [asked[i] for i in (0, 1, 2, 3)] == [6, 20, 20, 6]
     assert found.notes == [
         "classify: 2 tasks ran out of time; asking for 20:00:00 instead of 06:00:00 (max_time of the profile)",
@@ -389,13 +389,13 @@ def test_no_more_time_than_the_partition_gives(ready: Workspace, program: Put) -
     program("sinfo", "printf 'cpu*|up|1-00:00:00|9|(null)\\ngpu|up|12:00:00|4|gpu:2\\nold|up|infinite|1|gpu:1\\n'")
     for partition, hours in (("gpu", 12), ("", 16), ("old", 16), ("gpu,cpu", 16)):
         found = propose(ready, f'[slurm]\npartition = "{partition}"\n')
-        assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
+        assert {a.request.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
         assert (" (max_time of the partition)" in found.notes[0]) == (hours == 12)
     for most, hours, whose in (("20:00:00", 12, "partition"), ("10:00:00", 10, "profile")):  # the narrower holds
         found = propose(
             ready, f'[slurm]\npartition = "gpu"\nmax_time = "{most}"\n[stages.synthesize]\ntime = "6:00:00"\n'
         )
-        assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
+        assert {a.request.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {hours * 3600}
         assert f" (max_time of the {whose})" in found.notes[0]
 
 
@@ -408,7 +408,7 @@ def test_a_task_that_failed_by_itself_beside_one_out_of_time_gets_no_more(
     ended(program, "COMPLETED", "TIMEOUT")
     record = Record(records.FAILED, "disk full", host="n1", pid=1, start="1", time=1e8, job=job, element="1")
     files.atomic_write(records.record_path(ready, "classify", 1), json.dumps(dataclasses.asdict(record)))
-    asked = {i: a.ask.seconds // 3600 for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
+    asked = {i: a.request.seconds // 3600 for a in propose(ready).arrays if a.stage == "classify" for i in a.tasks}
     assert [asked[i] for i in (1, 2)] == [hours, 12]
 
 
@@ -478,14 +478,14 @@ def test_a_later_failure_does_not_take_the_time_away_again(ready: Workspace, pro
     program("squeue", "exit 0")
     program("sacct", "printf '%s|classify-real-aa\\n' '7_0|TIMEOUT|0:0|n1' '8_0|FAILED|1:0|n1' '8_1|COMPLETED|0:0|n1'")
     found = propose(ready)
-    assert {a.ask.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {12 * 3600}
+    assert {a.request.seconds for a in found.arrays if 0 in a.tasks and a.stage == "classify"} == {12 * 3600}
 
 
 def test_without_accounting_what_the_controller_remembers_serves(ready: Workspace, program: Put) -> None:
     write_submission(ready, SENT)
     program("squeue", "echo '7_0|TIMEOUT|TimeLimit|n1|classify-real-aa|c'")
     program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    assert {a.ask.seconds for a in propose(ready).arrays if 0 in a.tasks and a.stage == "classify"} == {12 * 3600}
+    assert {a.request.seconds for a in propose(ready).arrays if 0 in a.tasks and a.stage == "classify"} == {12 * 3600}
 
 
 def test_a_finished_study_has_nothing_to_submit_but_its_report(workspace: Workspace, program: Put) -> None:
