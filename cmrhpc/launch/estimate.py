@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cmrhpc import shards
-from cmrhpc.errors import CmrhpcError
 from cmrhpc.launch.arrays import TRAINING, Array
 from cmrhpc.planning import STAGES, Task
 from cmrhpc.profile import Profile
 from cmrhpc.validity import State
-from cmrhpc.workspace import Workspace
-
-SAMPLE = 5  # shards looked at per kind: a large study is not read through for a guess
+from cmrhpc.workspace import Entry
 
 
 @dataclass(frozen=True)
@@ -33,35 +29,21 @@ def kind(task: Task) -> str:
     return f"{task.stage} {names.get(task.stage, '')}"
 
 
-def measured_seconds(workspace: Workspace, states: Mapping[str, Sequence[State]]) -> dict[str, float]:
-    """Kind -> mean seconds of a few of its finished tasks."""
-    found: dict[str, float] = {}
-    for stage in TRAINING:
-        kinds: dict[str, list[Task]] = {}
-        for state in states.get(stage, ()):
-            if state.done:
-                kinds.setdefault(kind(state.task), []).append(state.task)
-        for name, done in kinds.items():
-            step = max(1, len(done) // SAMPLE)
-            told = [_seconds(workspace, task) for task in done[::step][:SAMPLE]]
-            known = [seconds for seconds in told if seconds is not None]
-            if known:
-                found[name] = sum(known) / len(known)
-    return found
-
-
-def _seconds(workspace: Workspace, task: Task) -> float | None:
-    try:
-        return float(shards.read_header(workspace.path(task.output)).info["seconds"])
-    except (CmrhpcError, OSError, KeyError, ValueError):
-        return None
+def mean_seconds(states: Iterable[State], index: Mapping[str, Entry]) -> dict[str, float]:
+    """Kind -> mean seconds of its finished tasks, of those that tell it."""
+    found: dict[str, list[float]] = {}
+    for state in states:
+        entry = index.get(state.task.output)
+        if state.done and entry and entry.seconds:
+            found.setdefault(kind(state.task), []).append(entry.seconds)
+    return {name: sum(seconds) / len(seconds) for name, seconds in found.items()}
 
 
 def expected(
-    workspace: Workspace, arrays: Sequence[Array], states: Mapping[str, Sequence[State]], profile: Profile
+    index: Mapping[str, Entry], arrays: Sequence[Array], states: Mapping[str, Sequence[State]], profile: Profile
 ) -> dict[str, Expected]:
-    """Per stage that is submitted. An element takes as long as the longest of its tasks."""
-    known = measured_seconds(workspace, states)
+    """Per stage that is submitted. An element takes as long as the longest of its tasks. index: of the workspace."""
+    known = mean_seconds((s for stage in TRAINING for s in states.get(stage, ())), index)
     kinds = {(stage, s.index): kind(s.task) for stage, found in states.items() for s in found}
     rows = {}
     for stage in STAGES:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cmrhpc import validity
 from cmrhpc.launch import reasons, records, slurm
+from cmrhpc.launch.estimate import kind, mean_seconds
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.slurm import Element
 from cmrhpc.launch.submissions import Submission, read_submissions
@@ -85,8 +87,7 @@ def status(workspace: Workspace) -> Status:
     for stage, some in states.items():
         row = StageStatus(len(some), sum(state.done for state in some))
         row.tasks = [jobs.judge(state) for state in some if not state.done]
-        took = [index[state.task.output].seconds for state in some if state.done and state.task.output in index]
-        jobs.estimate(stage, row, [seconds for seconds in took if seconds])
+        jobs.estimate(stage, row, mean_seconds(some, index))
         found[stage] = row
     return Status(found, jobs.trouble, jobs.accounting)
 
@@ -283,17 +284,18 @@ class _Jobs:
             return TaskStatus(state, WAITING, reason, log, job, queued=not element.ended)
         return TaskStatus(state, WAITING, "waits for its inputs" if state.waits_for else _not_started(state), log)
 
-    def estimate(self, stage: str, row: StageStatus, took: list[float]) -> None:
-        """GPU-hours of what is missing: from the seconds that done tasks of its stage took, else from time limits."""
+    def estimate(self, stage: str, row: StageStatus, took: Mapping[str, float]) -> None:
+        """GPU-hours of what is missing: as done tasks of its kind, else of its stage, took, else from time limits."""
         if stage in ("ingest", "aggregate") or not row.missing:
             row.gpu_hours = 0.0
             return
         last = next((s for s in reversed(self.submissions) if s.stage == stage), None)
         share = last.gpus / max(map(len, last.elements)) if last and any(last.elements) else 1.0
         if took:
-            mean = sum(took) / len(took)
-            row.gpu_hours = share * sum(max(0.0, mean - self._spent(task)) for task in row.tasks) / 3600
-            row.source = f"as {len(took)} done tasks took"
+            mean = sum(took.values()) / len(took)
+            each = (took.get(kind(task.state.task), mean) - self._spent(task) for task in row.tasks)
+            row.gpu_hours = share * sum(max(0.0, seconds) for seconds in each) / 3600
+            row.source = f"as {row.done} done tasks took"
         elif last and last.time_limit_s:
             row.gpu_hours = share * row.missing * last.time_limit_s / 3600
             row.source = "at most, from the time limit"

@@ -73,7 +73,7 @@ def propose(workspace: Workspace, profile: Profile, queue: Queue, limits: slurm.
         )
     n_queued = sum(1 for stage in states for s in states[stage] if not s.done and (stage, s.index) in queue.tasks)
     done = sum(s.done for found in states.values() for s in found)
-    return Proposal(arrays, expected(workspace, arrays, states, profile), n_queued, done, notes)
+    return Proposal(arrays, expected(workspace.index(), arrays, states, profile), n_queued, done, notes)
 
 
 def limits_for(profile: Profile) -> slurm.Limits:

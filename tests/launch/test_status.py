@@ -22,12 +22,18 @@ import pytest
 from cmrhpc import files
 from cmrhpc.errors import UsageError
 from cmrhpc.launch import records, show
+from cmrhpc.launch.queued import ask_queue
 from cmrhpc.launch.records import Record
 from cmrhpc.launch.show import as_json, as_text, watch
+from cmrhpc.launch.slurm import Limits
 from cmrhpc.launch.status import TaskStatus, status
 from cmrhpc.launch.submissions import Submission, write_submission
+from cmrhpc.launch.submit import propose
+from cmrhpc.planning import COHORT, FOLDS, Task
+from cmrhpc.profile import parse_profile
 from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
+from tests.test_planning import write_output
 
 STAGE = "synthesize"
 FAR = Record(records.RUNNING, "", "far_away", 17, "1", time.time(), "40", "1")  # as element 1 of array 40
@@ -287,6 +293,27 @@ def test_json_and_text_agree(workspace: Workspace, program: Put) -> None:
     assert f"failed   dae-gan fold 0 repeat 0 class 1 (job 40_1): a word: {log}" in as_text(found)
     words = "waiting  dae-gan fold 0 repeat 0 class 0 and 2 more of synthesize: waits in the queue: other jobs go first"
     assert f"{words} (Priority)" in as_text(found)
+
+
+def test_hours_left_are_those_of_the_same_network_as_submit_expects_them(
+    tmp_path: Path, study_text: str, program: Put
+) -> None:
+    program("squeue", "exit 0")
+    program("sacct", OFF)
+    text = study_text.replace("[classifiers.resnet50]", "[classifiers.xception]\nsteps = 3\n[classifiers.resnet50]")
+    (tmp_path / "study.toml").write_text(text)
+    workspace = Workspace(tmp_path)
+    for name in (COHORT, FOLDS):
+        write_output(workspace, Task("ingest"), name)
+    tasks = workspace.tasks("classify")
+    for classifier, seconds in (("resnet50", 3600.0), ("xception", 7200.0)):
+        task = next(task for task in tasks if task.classifier == classifier)
+        write_output(workspace, task, task.output, seconds=seconds)
+    row = status(workspace).stages["classify"]
+    assert row.total == 20
+    assert row.gpu_hours == 9 * 1 + 9 * 2
+    profile = parse_profile("")
+    assert propose(workspace, profile, ask_queue(workspace), Limits()).expected["classify"].gpu_hours == 27
 
 
 def test_watch_ends_when_nothing_runs_or_waits_in_the_queue(
