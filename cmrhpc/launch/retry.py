@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from cmrhpc.launch import slurm
 from cmrhpc.launch.arrays import More
@@ -31,7 +32,6 @@ def more_for_what_lacked_it(
     most_of_stage = functools.cache(lambda stage: _most_seconds(profile, stage))
     most_memory = memory_mb(profile.slurm.max_memory) if profile.slurm.max_memory else math.inf
     more: dict[tuple[str, int], tuple[int, int]] = {}
-    lacked: dict[tuple[str, str, str], int] = {}
     for submission in tried:
         together = max(len(element) for element in submission.elements)
         for k, indices in enumerate(submission.elements):
@@ -51,27 +51,29 @@ def more_for_what_lacked_it(
                 elif submission.memory:
                     memory = max(memory, int(min(2 * (memory_mb(submission.memory) // together), most_memory)))
                 more[task] = (seconds, memory)
+    return more, _notes(more, profile, most_of_stage, most_memory)
+
+
+def _notes(more: More, profile: Profile, most_of_stage: Callable[[str], float], most_memory: float) -> list[str]:
+    """In words, one line for what was lacking and each amount that is asked for now."""
+    lacked: Counter[tuple[str, str, str]] = Counter()
     for (stage, _), (seconds, memory) in more.items():
         asked = profile.resources(stage)
-        for what, now, usual, most in (
-            ("time", time_text(seconds), time_text(asked.seconds), seconds >= most_of_stage(stage)),
-            ("memory", memory_text(memory), memory_text(memory_mb(asked.memory)), memory >= most_memory),
-        ):
-            if now != usual:
-                limit = profile.slurm.max_time
-                ours = what == "memory" or (limit and seconds >= time_seconds(limit))
-                whose = "of the profile" if ours else "of the partition"
-                end = f"{now} instead of {usual}" + (f" (max_{what} {whose})" if most else "")
-                key = (stage, what, end)
-                lacked[key] = lacked.get(key, 0) + 1
         if (seconds, memory) == (asked.seconds, memory_mb(asked.memory)):
-            key = (stage, "time or memory", "what the profile says, and max_time and max_memory allow no more")
-            lacked[key] = lacked.get(key, 0) + 1
-    notes = [
+            lacked[stage, "time or memory", "what the profile says, and max_time and max_memory allow no more"] += 1
+        if seconds != asked.seconds:
+            limit = profile.slurm.max_time
+            whose = "profile" if limit and seconds >= time_seconds(limit) else "partition"
+            end = f" (max_time of the {whose})" if seconds >= most_of_stage(stage) else ""
+            lacked[stage, "time", f"{time_text(seconds)} instead of {time_text(asked.seconds)}{end}"] += 1
+        if memory != memory_mb(asked.memory):
+            end = " (max_memory of the profile)" if memory >= most_memory else ""
+            usual = memory_text(memory_mb(asked.memory))
+            lacked[stage, "memory", f"{memory_text(memory)} instead of {usual}{end}"] += 1
+    return [
         f"{stage}: {n} task{'s' * (n > 1)} ran out of {what}; asking for {end}"
         for (stage, what, end), n in sorted(lacked.items())
     ]
-    return more, notes
 
 
 def _most_seconds(profile: Profile, stage: str) -> float:
