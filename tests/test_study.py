@@ -45,6 +45,7 @@ def test_resolved_study_survives_json(study_text: str) -> None:
         ('classes = ["0", "1"]', 'classes = ["0", "0"]', ["different classes"]),
         ("\nratio = 2\n", "\nratio = 3\n", ["primary", "no arm of the study"]),
         ("[generators.dae-gan]", "[generators.gaedan]", ["gaedan"]),
+        ("components = 2", "mutations = []", ["at least one", "minimax, heuristic, least-squares, each once"]),
         ("[data]", "[data", ["not valid TOML"]),
         ('raw = "raw"', "", ['"raw" is missing', "[data]"]),
         ('raw = "raw"', 'raw = "a\\u0007b"', ["data.raw", "control characters"]),
