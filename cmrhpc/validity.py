@@ -52,9 +52,9 @@ def plan(workspace: str | Path | Workspace) -> dict[str, list[State]]:
 class Judge:
     """Judges outputs against the study, each once: valid while settings, seed and input contents are as asked.
 
-    check: hash every file that is asked for, and take what it says from the file and not from the index, which a copy
-    onto a shard (same inode) would not change. Otherwise what an earlier check found wrong counts, of the same inode.
-    read: what shards said that the caller has just read whole, so that they are not read again, nor the index.
+    check: hash every requested file and read its header from the file: a copy over a shard keeps its inode, so the
+    index would not notice. Otherwise the index tells, also what an earlier check found wrong.
+    read: entries of shards that the caller has just read; neither they nor the index are read again.
     raw: hash every raw image and mask too, where their folder can be reached.
     """
 
@@ -96,14 +96,13 @@ class Judge:
 
     def whole(self, output: str) -> str:
         """As `verdict`, and for its companions too, which nobody who reads the shard needs."""
-        if wrong := self.verdict(output):
-            return wrong
-        if self.check:
+        wrong, entry = self.verdict(output), self.index.get(output)
+        if entry and entry.content_sha256 and self.check:
             path = self.workspace.path(output)
             found = shards.check_companions(shards.read_header(path), path.parent)
-            told = "; ".join(f"{name}: {what}" for name, what in found)
-            self.index[output] = dataclasses.replace(self.index[output], companions=told)
-        return self.index[output].companions
+            entry = dataclasses.replace(entry, companions="; ".join(f"{name}: {what}" for name, what in found))
+            self.index[output] = entry
+        return wrong or (entry.companions if entry else "")
 
     def verdict(self, output: str) -> str:
         if output not in self.verdicts:

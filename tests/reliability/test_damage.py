@@ -277,15 +277,21 @@ def test_what_verify_found_is_sent_and_made_again_also_without_run(
 
 
 def test_a_task_that_meets_a_damaged_input_has_it_made_again(copied: Path) -> None:
-    assert known(copied) == set()
-    flip(copied / f"{SYNTHETIC}.h5", 0.9)
     workspace = Workspace(copied)
     refined = validity.states(workspace, ("refine",))["refine"]
     reader = next(s for s in refined if f"{SYNTHETIC}.h5" in planning.inputs(workspace.study, s.task))
-    (copied / reader.task.output).unlink()
+    picture = workspace.path(reader.task.output).with_suffix(".png")
+    flip(picture, 0.9)
+    assert cmrhpc("verify", copied, check=False).returncode == 5
+    own = (reader.task.output, f"{picture.name}: its checksum does not hold")
+    assert known(copied) == {own}
+    flip(copied / f"{SYNTHETIC}.h5", 0.9)
     done = cmrhpc("task", copied, "--stage", "refine", "--index", str(reader.index), check=False)
     assert done.returncode == 3
     assert (f"{SYNTHETIC}.h5", "damaged: its checksum does not hold") in known(copied)
+    index = next(s.index for s in validity.states(workspace)["synthesize"] if s.task.output == f"{SYNTHETIC}.h5")
+    cmrhpc("task", copied, "--stage", "synthesize", "--index", str(index))
+    assert known(copied) == {own}
 
 
 def test_what_was_mended_by_hand_is_not_sent_for_ever(undisturbed: Path, copied: Path) -> None:
