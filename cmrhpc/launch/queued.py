@@ -20,7 +20,8 @@ from cmrhpc.launch.records import DONE, FAILED, RUNNING, STOPPED, Record, read_r
 from cmrhpc.launch.send import asked_path, comment
 from cmrhpc.launch.submissions import Submission, owner, read_one, read_submissions, write_submission
 from cmrhpc.planning import STAGES
-from cmrhpc.workspace import State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Workspace
 
 
 @dataclass

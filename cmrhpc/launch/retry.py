@@ -12,7 +12,8 @@ from cmrhpc.launch.arrays import More
 from cmrhpc.launch.queued import Queue
 from cmrhpc.launch.records import FAILED, read_record, record_path
 from cmrhpc.profile import Profile, memory_mb, memory_text, time_seconds, time_text
-from cmrhpc.workspace import State, Workspace
+from cmrhpc.validity import State
+from cmrhpc.workspace import Workspace
 
 
 def more_for_what_lacked_it(
