@@ -51,13 +51,12 @@ def aggregate(folder: Path, begin: Callable[[], None] = lambda: None) -> Aggrega
         "comparisons.csv": csvfiles.comparisons_csv(result),
         "comparison_details.csv": csvfiles.comparison_details_csv(result),
         "best_ratio.csv": csvfiles.best_ratio_csv(result),
-        "classes.csv": csvfiles.classes_csv(result),
         "table.md": tables.table_md(result),
         "table.tex": tables.table_tex(result),
         SUMMARY: tables.summary_text(result, gallery.warned) + "\n",
     }
-    if len(result.collection.study.classes) == 2:
-        del written["classes.csv"]
+    if len(result.collection.study.classes) > 2:
+        written["classes.csv"] = csvfiles.classes_csv(result)
     if not result.best:
         del written["best_ratio.csv"]
     written |= {f"figures/{name}": data for name, data in pictures.items()}

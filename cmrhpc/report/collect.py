@@ -25,7 +25,7 @@ from cmrhpc.hashing import sha256_file, sha256_of
 from cmrhpc.measure.metrics import check_scores
 from cmrhpc.names import IMAGES_SCHEMA, PREDICTIONS_SCHEMA
 from cmrhpc.planning import COHORT, FOLDS, WEIGHTS, Task
-from cmrhpc.report.tested import ImageTable, find_leaks, image_table
+from cmrhpc.report.leaks import ImageTable, find_leaks, image_table
 from cmrhpc.shards import Shard
 from cmrhpc.study import Primary, Study, load_study
 from cmrhpc.typed import build

@@ -17,7 +17,7 @@ import numpy as np
 from cmrhpc.measure import metrics, statistics
 from cmrhpc.names import METRICS
 from cmrhpc.report.collect import Cell, Key
-from cmrhpc.report.evaluate import Cells, Evaluator, PerPatient, Row, per_patient, rests_on
+from cmrhpc.report.rows import Cells, Evaluator, PerPatient, Row, per_patient, rests_on
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Study, arm_parts, cell_of
 

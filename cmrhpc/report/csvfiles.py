@@ -6,6 +6,7 @@ from cmrhpc.csvtext import Cell, to_csv
 from cmrhpc.names import METRICS
 from cmrhpc.report.published import published
 from cmrhpc.report.result import Result, best_text
+from cmrhpc.report.rows import RATES
 
 TABLE = (
     "classifier",
@@ -156,15 +157,16 @@ def best_ratio_csv(result: Result) -> str:
 def classes_csv(result: Result) -> str:
     """Per class precision, recall, F1, and the confusion counts (predicted as class 0, 1, ...) as means over repeats.
 
-    The rates are those of the counts: a class that is called once in one repeat has no precision of 1 from it.
+    For more than two classes. The rates are those of the counts: a class that is called once in one repeat has no
+    precision of 1 from it.
     """
-    classes, rates = result.collection.study.classes, ("precision", "recall", "f1")
-    limits_of = (f"{rate}_{end}" for rate in rates for end in ("low", "high"))
+    classes = result.collection.study.classes
+    limits_of = (f"{rate}_{end}" for rate in RATES for end in ("low", "high"))
     predicted = (f"predicted_{i}" for i in range(len(classes)))
     lines: list[list[Cell]] = []
     for key, row in result.rows.items():
         for i, name in enumerate(classes):
-            figures = [row.per_class[rate][i] for rate in rates]
+            figures = [row.per_class[rate][i] for rate in RATES]
             limits = [x for f in figures for x in (f.low, f.high)]
             lines.append([*key, i, name, *(f.value for f in figures), *limits, *row.counts[i].tolist()])
-    return to_csv(("classifier", "arm", "ratio", "label", "class", *rates, *limits_of, *predicted), lines)
+    return to_csv(("classifier", "arm", "ratio", "label", "class", *RATES, *limits_of, *predicted), lines)

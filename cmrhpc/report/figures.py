@@ -10,8 +10,8 @@ import numpy as np
 
 from cmrhpc.measure import metrics
 from cmrhpc.report.collect import Key
-from cmrhpc.report.evaluate import Row, nanmean
 from cmrhpc.report.result import METRIC_NAMES, Result, ratio_arms
+from cmrhpc.report.rows import Row, nanmean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,6 +16,7 @@ from cmrhpc.report import tables
 from cmrhpc.report.gallery import MAX_IMAGES, Gallery, is_expanded
 from cmrhpc.report.published import WARNING, published
 from cmrhpc.report.result import METRIC_NAMES, NONE, Result, arm_text, count, figure_text, leaks_in_words, split_units
+from cmrhpc.report.rows import RATES
 from cmrhpc.study import Study
 
 TEMPLATE = "page.html.j2"
@@ -154,7 +155,7 @@ def _classes(result: Result) -> list[list[str]]:
     lines = []
     for key, row in result.rows.items():
         for i, name in enumerate(classes if row.folds else ()):
-            measured = [figure_text(m, row.per_class[m][i]) for m in ("precision", "recall", "f1")]
+            measured = [figure_text(m, row.per_class[m][i]) for m in RATES]
             lines.append([key[0], arm_text(*key[1:]), name, *measured])
     return lines
 

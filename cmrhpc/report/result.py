@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cmrhpc.data.table import normalised_apart
 from cmrhpc.report.collect import Collection, Key
 from cmrhpc.report.compare import LEVEL, BestRatio, Comparison, best_ratios, compare_all, primary_key
-from cmrhpc.report.evaluate import Evaluator, Figure, Row
+from cmrhpc.report.rows import Evaluator, Figure, Row
 from cmrhpc.study import Primary, Study, arm_parts
 
 NONE = "–"  # a number that is missing or undefined

@@ -20,8 +20,8 @@ from cmrhpc.report.aggregate import aggregate
 from cmrhpc.report.collect import Asked, Cell, Collection, Images, collect
 from cmrhpc.report.compare import _wider, compare_all
 from cmrhpc.report.csvfiles import comparison_details_csv
-from cmrhpc.report.evaluate import Evaluator
 from cmrhpc.report.result import evaluate, points, verdict
+from cmrhpc.report.rows import Evaluator
 from cmrhpc.report.tables import best_lines, comparison_lines, table_md
 from tests.report import made
 from tests.report.test_tables import visible_text

@@ -22,9 +22,9 @@ from cmrhpc.measure import statistics
 from cmrhpc.report import tables
 from cmrhpc.report.aggregate import AggregateResult, aggregate, terminal_table
 from cmrhpc.report.collect import collect
-from cmrhpc.report.evaluate import Evaluator, share_limits
 from cmrhpc.report.published import FIGURES
 from cmrhpc.report.result import evaluate, figure_text, limit_text, p_text, ratio_arms
+from cmrhpc.report.rows import Evaluator, share_limits
 from tests.report import made
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
@@ -550,7 +550,7 @@ def test_names_cannot_move_the_cursor_of_a_terminal(tmp_path: Path) -> None:
 
 
 def test_a_figure_without_interval_says_so() -> None:
-    from cmrhpc.report.evaluate import Figure
+    from cmrhpc.report.rows import Figure
 
     assert figure_text("accuracy", Figure(0.5)) == "50.0 (no interval)"
     assert figure_text("auc", Figure(math.nan)) == "–"

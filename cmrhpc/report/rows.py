@@ -19,6 +19,7 @@ from cmrhpc.report.collect import Cell, Collection, Key
 from cmrhpc.seeds import derive_seed
 
 Cells = dict[tuple[int, int], Cell]  # by (repeat, fold)
+RATES = ("precision", "recall", "f1")  # of a class
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Row:
     key: Key
     figures: dict[str, Figure]
     counts: np.ndarray  # (K, K) confusion counts, mean over repeats: true class x predicted class
-    per_class: dict[str, list[Figure]]  # precision, recall, f1 (K,), of the counts of all repeats together
+    per_class: dict[str, list[Figure]]  # `Evaluator.class_rates` (K,), of the counts of all repeats together
     folds: list[Fold]
     n_folds: int
     n_repeats: int
@@ -99,6 +100,8 @@ class Evaluator:
     def __init__(self, collection: Collection):
         self.collection = collection
         self.n_classes = len(collection.study.classes)
+        # Per class: with two classes the recalls, which are sensitivity and specificity, say it all.
+        self.class_rates = ("recall",) if self.n_classes == 2 else RATES
         self.expected = Counter((task.classifier, task.arm, task.ratio) for task in collection.expected)
         seed = derive_seed(collection.study.seed, "bootstrap")
         self.weights = statistics.patient_weights(len(collection.patients), seed)
@@ -116,7 +119,7 @@ class Evaluator:
                 key=key,
                 figures={name: Figure(float("nan")) for name in METRICS},
                 counts=np.full((self.n_classes,) * 2, np.nan),
-                per_class={name: [Figure(float("nan"))] * self.n_classes for name in ("precision", "recall", "f1")},
+                per_class={name: [Figure(float("nan"))] * self.n_classes for name in self.class_rates},
                 folds=[],
                 n_folds=0,
                 n_repeats=0,
@@ -181,7 +184,7 @@ class Evaluator:
         return (self.weights @ flat).reshape(-1, *by_patient.shape[1:])
 
     def _per_class(self, pooled: Pooled) -> dict[str, list[Figure]]:
-        """Precision, recall and F1 of each class with their intervals.
+        """The rates of each class with their intervals.
 
         A recall rests on the patients of the class, a precision on those with an image that is called so.
         """
@@ -189,8 +192,8 @@ class Evaluator:
         drawn = metrics.per_class(self._drawn_counts(pooled.by_patient))
         true, called = ((pooled.by_patient.sum(axis) > 0).sum(0).tolist() for axis in (2, 1))
         found: dict[str, list[Figure]] = {}
-        for name, n in (("precision", called), ("recall", true), ("f1", true)):
-            limits = bootstrap_limits if name == "f1" else share_limits
+        for name in self.class_rates:
+            limits, n = bootstrap_limits if name == "f1" else share_limits, called if name == "precision" else true
             every = zip(values[name].tolist(), drawn[name].T, n, strict=True)
             found[name] = [Figure(value, *limits(value, draws, patients)) for value, draws, patients in every]
         return found
