@@ -13,12 +13,12 @@ from cmrhpc.near import did_you_mean
 SECTIONS = ("generation", "classifier", "overhead", "shards", "ingest", "tasks", "gpu", "predict")  # of bench
 PROFILE = "a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles"
 
-TYPED = 0.7  # how near a word must be to what was typed in a hurry
+TYPED = 0.7  # similarity cutoff for suggesting a word
 
 
 def _one_or_more(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 up")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 up")
     return int(text)
 
 

@@ -88,9 +88,9 @@ def plan(args: argparse.Namespace) -> int:
     workspace = Workspace(args.workspace)
     example = "cmrhpc plan WS --stage synthesize --array"
     if (args.array or args.offset or args.chunk) and not (args.array and args.stage):
-        raise UsageError("--offset and --chunk need --array, and that --stage", "", example)
+        raise UsageError("--offset and --chunk need --array, and --array needs --stage", "", example)
     if args.array and (args.json or args.why):
-        raise UsageError("--array is for sbatch, --json and --why are for readers", "", "give one of them")
+        raise UsageError("--array prints for sbatch; --json and --why do not apply to it", "", "give one of them")
     if args.array:
         print_ranges(workspace, args.stage, args.chunk or 0, args.offset)
     else:
@@ -137,8 +137,11 @@ def _run_task(root: str, stage: str, given: int | None) -> None:
 
 
 def _asked_to_stop(stage: str, request: StopRequest) -> Callable[[], bool]:
-    """Ingest keeps nothing: of Slurm's warning before the time limit it hears nothing, and runs into the limit, after
-    which the next submission asks for more."""
+    """Whether a task is to stop.
+
+    Ingest has no checkpoint, so under Slurm it ignores the warning signal and runs until its time limit; the next
+    submission asks for more time.
+    """
     if stage == "ingest" and os.environ.get("SLURM_JOB_ID"):
         return lambda: request.number not in (0, signal.SIGUSR1, signal.SIGUSR2)
     return request
@@ -322,7 +325,7 @@ def _array_index(given: int | None, stage: str) -> int:
         raise UsageError("which task?", f"stage {stage}", "give --index I, or run in a Slurm array")
     offset = os.environ.get("CMRHPC_OFFSET") or "0"
     if not offset.isdigit():
-        raise UsageError(f'"{offset}" is no number', "CMRHPC_OFFSET", "set it to what `cmrhpc plan --offset` printed")
+        raise UsageError(f'"{offset}" is not a number', "CMRHPC_OFFSET", "set it to what `cmrhpc plan --offset` prints")
     return int(text) + int(offset)
 
 
@@ -347,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2, 3, 4, 5, 75, 130 or 141. One message on stderr."""
     is_script = arguments is None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name that is no text is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # a file name that is not text is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -11,9 +11,9 @@ def printable(text: str) -> str:
 class CmrhpcError(Exception):
     """Base of every error that is reported as one message and never as a traceback.
 
-    what: one sentence, what is wrong. where: file, row, field. mend: how to mend it. found: what stands there, which
-    may name a patient or a file: for a terminal (`for_a_person`) and never for a log or record. An error of no kind
-    below is a task that failed, as a training that diverged.
+    what: one sentence, what is wrong. where: file, row, field. mend: how to mend it. found: the offending value, which
+    may hold a patient or file name; shown on the terminal (`for_a_person`), never logged. An error of no kind below is
+    a task that failed, as a training that diverged.
     """
 
     exit_code = 4

@@ -84,7 +84,7 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
     except FileNotFoundError:
         raise BadInput(f"no {SUMS} among the external images", "", MAKE_SUMS, str(path)) from None
     except UnicodeDecodeError:
-        raise BadInput(f"{SUMS} is no UTF-8 text", "", MAKE_SUMS, str(path)) from None
+        raise BadInput(f"{SUMS} is not UTF-8 text", "", MAKE_SUMS, str(path)) from None
     except OSError as error:
         raise BadInput(f"cannot read {SUMS}: {error.strerror}", "", MAKE_SUMS, str(path)) from None
     for number, line in enumerate(lines, 1):

@@ -30,7 +30,7 @@ _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the number Linux gives to the one o
 
 
 def never_create(folder: Path) -> None:
-    """Have a folder that should be there, and is gone, reported instead of made anew (a renamed workspace)."""
+    """Never recreate this folder: if it disappears (a renamed workspace), report it."""
     _kept.add(folder)
 
 
@@ -62,7 +62,7 @@ def _expect_plain(handle: int, path: str | Path) -> None:
     """Close the handle of anything but a plain file, and raise OSError."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
     os.set_blocking(handle, True)
 
 
@@ -90,7 +90,7 @@ def process_start(pid: int | str = "self") -> str:
 
 
 def has_ended(pid: int, start: str) -> bool | None:
-    """Whether a process of this host is gone; None where its number is in use and the system hides by whom."""
+    """Whether a process of this host is gone; None when the pid is in use but the system hides its owner."""
     try:
         os.kill(max(pid, 0), 0)
     except (ProcessLookupError, OverflowError):
@@ -102,7 +102,7 @@ def has_ended(pid: int, start: str) -> bool | None:
 
 
 def host_name() -> str:
-    """The host, and in a container with process numbers of its own that numbering too: pids mean nothing across."""
+    """Host name, plus the PID namespace in a container that has its own: pids cannot be compared across namespaces."""
     name = socket.gethostname().replace(".", "_") or "host"
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -145,8 +145,8 @@ def make_folder(folder: Path) -> None:
 def _follow_group(path: Path, parent: os.stat_result, mode: int) -> None:
     """Give `path` the group of its folder, and `mode`; without the group's part of it where that is another group.
 
-    A new folder of another group than its maker's hands it on, to who can read a group and not give it: a container
-    without the user's further groups.
+    A new folder whose group differs from its creator's gets the setgid bit, so that files inherit the group even where
+    the process cannot chown (a container without supplementary groups).
     """
     with contextlib.suppress(OSError):  # a user outside the group, and in such a container, keeps the own group
         if os.stat(path).st_gid != parent.st_gid:
@@ -280,7 +280,7 @@ def _encoded(data: bytes | str, path: Path) -> bytes:
         return data.encode() if isinstance(data, str) else data
     except UnicodeEncodeError:  # the name of a folder is any bytes
         mend = "rename the folder that is named there"
-        raise BadInput("cannot write: a path in it is no UTF-8 text", str(path), mend) from None
+        raise BadInput("cannot write: a path in it is not UTF-8 text", str(path), mend) from None
 
 
 @contextlib.contextmanager

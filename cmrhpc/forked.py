@@ -28,9 +28,9 @@ MOST = 8  # processes: more would only crowd a shared file system
 def in_order(call: Callable[[Item], Result], items: Sequence[Item], processes: int = 0) -> Iterator[Result]:
     """The result of every item, in the order of the items. `call` raises nothing; its results can be pickled.
 
-    processes: by default one per core that this process may use, where there are many items, and none beside this one
-    where there are few, where Python has other threads, or not on Linux (elsewhere system libraries do not outlive a
-    fork). What a process cannot do, because it was not started or was killed, is done here.
+    processes: by default one per usable core for many items; for few items, with other threads running, or off Linux
+    (where system libraries do not survive a fork), this process alone. What a process cannot do, because it was not
+    started or was killed, is done here.
     """
     count = processes or (_processes() if len(items) >= LEAST else 1)
     if count < 2:

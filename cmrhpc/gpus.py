@@ -49,7 +49,7 @@ def listed(visible: str | None, devices: Iterable[str]) -> list[str]:
 def usable() -> list[str]:
     """The visible GPUs; none where CMRHPC_DEVICE decides, or torch has no code for GPUs.
 
-    Those that nobody named count where the driver is new enough for torch: otherwise tasks compute on the CPU.
+    Without CUDA_VISIBLE_DEVICES, GPUs count only if the driver is new enough for torch.
     """
     version = _cuda_of_torch()
     if os.environ.get("CMRHPC_DEVICE", "") not in ("", "cuda") or not version:

@@ -119,5 +119,5 @@ def order_classes(labels: Iterable[str], positive: str | None, where: str) -> li
         raise BadInput(f'which class is positive, "{labels[0]}" or "{labels[1]}"?', where, mend)
     positive = "1" if positive is None else positive
     if positive not in labels:
-        raise BadInput(f'the positive class "{positive}" is no label', where, f"labels: {', '.join(labels)}")
+        raise BadInput(f'the positive class "{positive}" is not a label', where, f"labels: {', '.join(labels)}")
     return [label for label in labels if label != positive] + [positive]

@@ -9,11 +9,11 @@ from cmrhpc.errors import BadInput
 
 
 def check_printable(path: Path) -> None:
-    """Raise BadInput where a path has a control character, which no #SBATCH line can hold, or is no UTF-8 text."""
+    """Raise BadInput where a path has a control character, which no #SBATCH line can hold, or is not UTF-8 text."""
     if any(ord(c) < 32 or ord(c) == 127 for c in str(path)):
         raise BadInput("control characters in a path", repr(str(path)), "rename the folder")
     if str(path) != os.fsencode(path).decode(errors="replace"):
-        raise BadInput("a path that is no UTF-8 text", repr(str(path)), "rename the folder")
+        raise BadInput("a path that is not UTF-8 text", repr(str(path)), "rename the folder")
 
 
 def check_for_slurm(workspace: Path) -> None:

@@ -117,7 +117,10 @@ def tasks(study: Study, stage: str) -> list[Task]:
 
 
 def images_wanted(ratio: float, n_real: int) -> int:
-    """How many images a ratio asks for: the product, rounded up. 1.1 x 50 are 55, though as floats a hair more."""
+    """How many images a ratio asks for: the product, rounded up.
+
+    1.1 x 50 is 55, although the float product is slightly larger.
+    """
     return math.ceil(ratio * n_real - 1e-9)
 
 

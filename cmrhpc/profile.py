@@ -264,9 +264,9 @@ def _check(profile: Profile, where: str) -> None:
         if slurm.max_memory and memory > memory_mb(slurm.max_memory):
             raise BadInput(f"{asked.memory} is above max_memory {slurm.max_memory}", f"{place}.memory", "raise it")
         if re.search(r"\s", asked.gres):
-            raise BadInput("has a space in it", f"{place}.gres", 'for example "gpu:1"; empty for none')
+            raise BadInput("gres contains a space", f"{place}.gres", 'for example "gpu:1"; empty for none')
         if asked.gpus and not re.fullmatch(r"([A-Za-z][\w.-]*:)?[1-9]\d*|[A-Za-z][\w.-]*", asked.gpus):
-            raise BadInput(f'"{asked.gpus}" is no number of GPUs', f"{place}.gpus", 'write "1" or "a100:1"')
+            raise BadInput(f'"{asked.gpus}" is not a number of GPUs', f"{place}.gpus", 'write "1" or "a100:1"')
         if asked.gpus and gpu_count(asked.gres, []):
             raise BadInput("asks for GPUs twice", f"{place}.gres", "name them in gres or in gpus")
         _check_slurm(profile.slurm_of(stage), place)
@@ -280,7 +280,7 @@ def _check_slurm(slurm: Slurm, place: str) -> None:
     for i, option in enumerate(slurm.options, 1):
         number, word = f"{place}.options number {i}", option.removeprefix("--").split("=")[0]
         if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option):
-            raise BadInput(f'"{option}" is no long option of sbatch', number, 'write "--exclude=node7"')
+            raise BadInput(f'"{option}" is not a long option of sbatch', number, 'write "--exclude=node7"')
         if word in _KEYS:
             raise BadInput(f"--{word} has a key of its own", number, f"write {_KEYS[word]} = ...")
         if word in _HIDES:
@@ -314,7 +314,7 @@ def time_seconds(text: str, where: str = "time") -> int:
     else:
         total = sum(number * unit for number, unit in zip(numbers, (60, 1), strict=False))
     if not 0 < total <= 366 * 86400:
-        raise BadInput(f'"{text}" is no time of Slurm\'s', where, 'write "HH:MM:SS" or "DAYS-HH:MM:SS"')
+        raise BadInput(f'"{text}" is not a time of Slurm\'s', where, 'write "HH:MM:SS" or "DAYS-HH:MM:SS"')
     return total
 
 
@@ -330,7 +330,7 @@ def memory_mb(text: str, where: str = "memory") -> int:
     found = _MEMORY.fullmatch(text)
     size = int(found[1]) * {"K": 1, "": 1024, "M": 1024, "G": 1024**2, "T": 1024**3}[found[2].upper()] if found else 0
     if not 1024 <= size <= 2**40:
-        raise BadInput(f'"{text}" is no memory of Slurm\'s', where, 'write "8G"')
+        raise BadInput(f'"{text}" is not a memory size of Slurm\'s', where, 'write "8G"')
     return size // 1024
 
 

@@ -206,7 +206,7 @@ def write_shard(
 
 
 class _Finished(Exception):
-    """Another process wrote this very shard meanwhile: half of ours over it would be a damage."""
+    """Another process has written this shard meanwhile; overwriting part of it would damage it."""
 
 
 def _is_there(path: Path, content: str) -> bool:
@@ -222,9 +222,9 @@ def _is_there(path: Path, content: str) -> bool:
 def _settle(path: Path, written: Path, companions: Mapping[str, bytes]) -> None:
     """Two processes may write the same shard at once, and their logs differ: leave a shard with its own companions.
 
-    Nobody goes before it saw, after all that it wrote, that they agree; so whoever writes last has seen it. Who sees
-    that they do not writes its own again, all of them. `written` is a name that our shard has beside `path`: an open
-    handle would not do, NFS forgets a file that another host replaced.
+    A writer leaves only after it has seen, after its last write, that shard and companions agree. One that sees a
+    mismatch rewrites all of its own. `written` is a name that our shard has beside `path`: an open handle would not do,
+    NFS forgets a file that another host replaced. Raises Incomplete when that does not end.
     """
     for attempt in range(20):
         if _agree(path):

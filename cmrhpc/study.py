@@ -310,7 +310,7 @@ def _check_study(study: Study, where: str) -> Study:
         parts = arm_parts(name, study, f"{where} [primary]")
         if cell_of(name, ratio, parts) not in cells.values():
             raise wrong(
-                f'the primary comparison names "{name}" at ratio {ratio:g}, which is no arm of the study',
+                f'the primary comparison names "{name}" at ratio {ratio:g}, which is not an arm of the study',
                 "[primary]",
                 "add it under [[arms]] or name another",
             )

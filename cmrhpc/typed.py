@@ -87,7 +87,7 @@ def _value(hint: Any, value: Any, where: str, path: str, limits: Any) -> Any:
         allowed = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
         raise BadInput(f"{value} is out of range", place, f"allowed: {allowed}")
     if choices and value not in choices:
-        raise BadInput(f'"{value}" is no choice', place, f"allowed: {', '.join(choices)}")
+        raise BadInput(f'"{value}" is not a choice', place, f"allowed: {', '.join(choices)}")
     if hint is str and (len(value) > 4096 or any(ord(c) < 32 or ord(c) == 127 for c in value)):
         raise BadInput("control characters or more than 4,096 characters", place, "write plain text")
     return value

@@ -1,4 +1,4 @@
-"""What is looked at before a shard is believed: it may be damaged, or come from somebody who means harm.
+"""Checks on a shard before it is trusted: it may be damaged or malicious.
 
 The checksum in the first 512 bytes comes first, without the HDF5 library, which a single flipped bit of metadata can
 hang. Then the structure: only plain datasets of bounded size, nothing that points elsewhere, and attributes of a shard.
@@ -83,7 +83,7 @@ def check_tree(path: Path, file: h5py.File) -> dict[str, tuple[int, ...]]:
             raise refused(path, f'"{name}" is a link')
         data = h5o.open(root, stored_name)
         if not isinstance(data, h5d.DatasetID):
-            raise refused(path, f'"{name}" is no dataset')
+            raise refused(path, f'"{name}" is not a dataset')
         kind, stored, shape = _dtype(data.get_type()), data.get_create_plist(), data.shape
         layout = stored.get_layout()
         if layout == h5d.VIRTUAL or stored.get_external_count():
@@ -134,7 +134,7 @@ def _attributes(file: h5py.File, size: int) -> Iterator[tuple[str, Any]]:
         name, stored = attribute.name.decode("utf-8", "replace"), attribute.get_type()
         kind = _dtype(stored)
         if attribute.shape != () or kind.kind not in "Siuf" or not 0 < kind.itemsize <= size:
-            raise ValueError(f'"{name}" is no number and no text')
+            raise ValueError(f'"{name}" is neither a number nor a text')
         value = np.empty((), kind)
         attribute.read(value, mtype=stored)
         yield name, value[()]

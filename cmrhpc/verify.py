@@ -94,7 +94,7 @@ def verify(workspace: Workspace) -> Verdict:
 
 
 def _gone(workspace: Workspace, absent: list[str], whole: dict[str, shards.Shard]) -> Iterator[str]:
-    """Of the shards that are not there, those that were (something was made from them), and what stands in the way."""
+    """Absent shards that once existed (something was made from them), and whatever occupies a shard's path."""
     made = defaultdict(list)
     for name, shard in whole.items():
         for path in shard.inputs:
@@ -175,7 +175,7 @@ def _leaks(study: Study, sound: dict[str, shards.Shard]) -> Iterator[str]:
         hashes = _image_hashes(cohort)
         real = _Real(patient, label, group, set(hashes))
     except _MALFORMED as error:
-        yield f"{COHORT}: it is no cohort ({_told(error)})"
+        yield f"{COHORT}: it is not a cohort ({_told(error)})"
         return
     first: dict[bytes, str] = {}
     copies = [(one, first.setdefault(pixels, one)) for one, pixels in zip(ids, hashes, strict=True)]

@@ -129,8 +129,8 @@ class Workspace:
     def tasks(self, stage: str, freeze: bool = True) -> list[Task]:
         """The frozen list of a stage: index i means the same task for ever. New tasks of the study are appended.
 
-        Tasks that the study no longer asks for keep their index; `wanted` tells them apart. freeze: False where tasks
-        are only shown: new ones then count also when the list cannot be written, under indices that are not fixed yet.
+        Tasks that the study no longer asks for keep their index; `wanted` tells them apart. freeze=False (display
+        only): new tasks count even when the list cannot be written; their indices are provisional.
         """
         if stage not in STAGES:
             raise BadInput(f'unknown stage "{stage}"', "", f"stages: {', '.join(STAGES)}")

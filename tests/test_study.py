@@ -43,7 +43,7 @@ def test_resolved_study_survives_json(study_text: str) -> None:
             ["are 2 to six digits"],
         ),
         ('classes = ["0", "1"]', 'classes = ["0", "0"]', ["different classes"]),
-        ("\nratio = 2\n", "\nratio = 3\n", ["primary", "no arm of the study"]),
+        ("\nratio = 2\n", "\nratio = 3\n", ["primary", "not an arm of the study"]),
         ("[generators.dae-gan]", "[generators.gaedan]", ["gaedan"]),
         ("components = 2", "mutations = []", ["at least one", "minimax, heuristic, least-squares, each once"]),
         ("[data]", "[data", ["not valid TOML"]),

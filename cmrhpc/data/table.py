@@ -96,7 +96,7 @@ def read_table(
                 rows.append(row)
     except UnicodeDecodeError as error:
         mend = "save it as CSV with the encoding UTF-8"
-        raise BadInput(f"the table is no UTF-8 text (byte {error.start} after {len(rows)} rows)", table, mend) from None
+        raise BadInput(f"the table is not UTF-8 (byte {error.start} after {len(rows)} rows)", table, mend) from None
     except OSError as error:
         raise BadInput(f"cannot read the table: {error.strerror}", table, "give yourself read access") from None
     if not rows:
@@ -160,7 +160,7 @@ def _records(stream: TextIO, table: str, columns: Mapping[str, str]) -> Iterator
         except csv.Error as error:
             where = f"{table} line {reader.line_num}"
             mend = "a field is too long or a quotation mark is not closed: save the table as plain CSV again"
-            raise BadInput(f"the table is no valid CSV: {error}", where, mend) from None
+            raise BadInput(f"the table is not valid CSV: {error}", where, mend) from None
 
     heading = [name.strip() for name in following() or []]
     names = {ours: columns.get(ours, ours) for ours in KNOWN}
@@ -300,7 +300,7 @@ class _Inside:
             told = getattr(error, "strerror", None) or str(error)
             raise BadInput(f"{what} cannot be reached: {told}", where, "mend the path or its access") from None
         if not stat.S_ISREG(kind):
-            raise BadInput(f"{what} is no plain file", where, "name one image file per row (a folder is none)")
+            raise BadInput(f"{what} is not a plain file", where, "name one image file per row (a folder is none)")
 
     def real(self, path: str) -> str:
         """The file's path with every link followed."""

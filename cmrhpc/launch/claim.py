@@ -1,9 +1,8 @@
 """One submission at a time per workspace, without file locks, which many cluster file systems do not keep.
 
 Claims are numbered files in `submissions/claim/`. The highest one holds, until it is released, its process is gone from
-this host, or, where that cannot be told, it was not renewed for ten minutes by the clock of the file system. Who takes
-over creates the next number, which only one process can do; so nobody ever removes a claim that somebody else has just
-made.
+this host, or, where that cannot be told, it was not renewed for ten minutes by the clock of the file system. A process
+that takes over creates the next number, which only one can do; so none removes a claim that another has just made.
 """
 
 from __future__ import annotations

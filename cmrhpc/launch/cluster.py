@@ -300,7 +300,7 @@ def _space(name: str, folder: Path, gib: float, purpose: str, made: bool = False
     there = next((place for place in (folder, *folder.absolute().parents) if place.exists() or not made), folder)
     mend = f"{purpose}: set {name} to a folder with {gib} GiB or more; {DOCS}"
     if not there.is_dir():
-        wrong = "is no folder" if there.exists() else "does not exist"
+        wrong = "is not a folder" if there.exists() else "does not exist"
         return finding(False, f"{name} {folder} {wrong}", mend, needed=False)
     if not os.access(there, os.W_OK | os.X_OK):
         return finding(False, f"{name} {folder} cannot be written to", mend, needed=False)

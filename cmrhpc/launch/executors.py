@@ -49,7 +49,7 @@ def submit(
 
     if not isinstance(executor, Executor):
         mend = 'give one of submitit\'s, for example submitit.AutoExecutor("slurm_logs", cluster="slurm")'
-        raise UsageError(f"{executor!r} is no executor", "cmrhpc.submit", mend)
+        raise UsageError(f"{executor!r} is not an executor", "cmrhpc.submit", mend)
     place = workspace if isinstance(workspace, Workspace) else Workspace(workspace)
     known = load_profile(profile) if isinstance(profile, str | Path) else profile
     inner: Any = getattr(executor, "_executor", executor)  # AutoExecutor holds the one that it chose

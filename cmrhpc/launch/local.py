@@ -133,9 +133,9 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
 
 @contextlib.contextmanager
 def _none_left(running: dict[Connection, _Running]) -> Iterator[None]:
-    """Left by an error, as when nobody reads the output any more: what runs saves its checkpoint.
+    """On leaving by an error (a closed output pipe), ask running tasks to checkpoint.
 
-    Otherwise this process would wait for the end of each, for hours.
+    Otherwise this process would wait hours for them.
     """
     try:
         yield
@@ -164,7 +164,7 @@ def _next_ready(workspace: Workspace, todo: list[State], made: set[str], busy: b
 def _start_server(context: Any, stop: _StopFlag) -> None:
     """Start the fork server and wait until it has loaded torch, or until a stop is asked for.
 
-    A signal that reaches the whole group waits in the server for ever and in each task until it can take it.
+    A signal to the process group stays blocked in the server, and in each task until that task unblocks it.
     """
     with held():
         resource_tracker.ensure_running()  # lets two of the signals through again

@@ -42,7 +42,7 @@ def all_to_log(workspace: Workspace, stage: str, index: int) -> Iterator[None]:
 def to_log_too(workspace: Workspace, stage: str, index: int) -> Iterator[Callable[[str], None]]:
     """What Python prints goes to the task's log as well, and an error; not where all output goes there already.
 
-    Gives what adds to the log alone. Of an error that no message foresees the log has the traceback.
+    Yields a function that writes to the log alone. Unexpected errors are logged with their traceback.
     """
     if _is_output(workspace.log_path(stage, index)):  # task.sh sees to it
         with contextlib.suppress(OSError):

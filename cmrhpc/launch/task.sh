@@ -73,7 +73,7 @@ fi
 for index in "${tasks[@]}"; do
     log=$logs/${stage}_$index.log
     if [ -L "$logs" ] || [ -L "$log" ] || { [ -e "$log" ] && [ ! -f "$log" ]; }; then
-        echo "$log is reached by a link, or is no plain file: remove it, then submit again" >&2
+        echo "$log is reached by a link, or is not a plain file: remove it, then submit again" >&2
         exit 3
     fi
     if ! : >> "$log"; then  # bash says why

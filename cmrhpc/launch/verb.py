@@ -75,7 +75,7 @@ def _show(proposal: Proposal) -> None:
 def _agreed(proposal: Proposal) -> bool:
     if not sys.stdin.isatty():
         mend = "--yes sends without asking, --dry-run shows what would be sent"
-        raise UsageError("nobody to ask: this is no terminal", "cmrhpc submit", mend)
+        raise UsageError("nobody to ask: this is not a terminal", "cmrhpc submit", mend)
     print(f"send {proposal.tasks} tasks? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -79,18 +79,18 @@ FAULTS = {
     "backslash": (f"{HEAD}\nin\\c.png,0,p\n", "leaves the raw folder", "column image"),
     "drive": (f"{HEAD}\nC:/c.png,0,p\n", "leaves the raw folder", "column image"),
     "absent": (f"{HEAD}\nno.png,0,p\n", "the image does not exist", "row 1 (line 2), column image"),
-    "folder": (f"{HEAD}\nin,0,p\n", "no plain file", "row 1 (line 2), column image"),
+    "folder": (f"{HEAD}\nin,0,p\n", "not a plain file", "row 1 (line 2), column image"),
     "mask climbs out": (f"{HEAD},mask\na.png,0,p,../outside.png\n", "leaves the raw folder", "column mask"),
     "mask absent": (f"{HEAD},mask\na.png,0,p,no.png\n", "the mask does not exist", "row 1 (line 2), column mask"),
     "unknown label": (f"{HEAD}\na.png,2,p\n", "unknown label", "row 1 (line 2), column label"),
     "few fields": (f"{HEAD}\na.png,0\n", "2 fields, the heading 3", "row 1 (line 2)"),
     "many fields": (f"{HEAD}\na.png,0,p,q\n", "4 fields, the heading 3", "row 1 (line 2)"),
-    "quote": (f'{HEAD}\na.png,0,"p\n', "no valid CSV", "cohort.csv line"),
-    "huge field": (f"{HEAD}\na.png,0,{'p' * 200_000}\n", "no valid CSV: field larger", "cohort.csv line"),
+    "quote": (f'{HEAD}\na.png,0,"p\n', "not valid CSV", "cohort.csv line"),
+    "huge field": (f"{HEAD}\na.png,0,{'p' * 200_000}\n", "not valid CSV: field larger", "cohort.csv line"),
     "long field": (f"{HEAD}\na.png,0,{'p' * 5000}\n", "5000 characters", "column patient"),
     "control character": (f"{HEAD}\na.png,0,p\x1b[31m\n", "control characters", "column patient"),
     "nul": (f"{HEAD}\na.png,0,p\x00q\n", "", "cohort.csv"),
-    "latin-1": (f"{HEAD}\na.png,0,Müller\n".encode("latin-1"), "no UTF-8", "cohort.csv"),
+    "latin-1": (f"{HEAD}\na.png,0,Müller\n".encode("latin-1"), "not UTF-8", "cohort.csv"),
     "half a window": (f"{HEAD},window_low,window_high\na.png,0,p,300,\n", "two ends", "column window_low"),
     "one end of the window": (f"{HEAD},window_low\na.png,0,p,300\n", "but no window_high", "cohort.csv"),
     "misspelt end": (f"{HEAD},window_low,windowhihg\na.png,0,p,3,9\n", "but no window_high", "cohort.csv"),
@@ -170,7 +170,7 @@ def test_links_are_followed_inside_and_refused_outside(raw: Path) -> None:
             read_table(raw)
     os.mkfifo(raw / "pipe.png")  # a pipe would keep a reader waiting for ever
     write(raw, f"{HEAD}\npipe.png,0,p\n")
-    with pytest.raises(BadInput, match="no plain file"):
+    with pytest.raises(BadInput, match="not a plain file"):
         read_table(raw)
 
 

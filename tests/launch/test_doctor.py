@@ -265,7 +265,7 @@ def test_folders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "set TMPDIR to a folder with 0.1 GiB" in one["mend"]
     assert three["ok"]
     (tmp_path / "not").write_text("a file in the way")
-    assert cluster.disk_findings()[2]["what"] == f"APPTAINER_CACHEDIR {away} is no folder"
+    assert cluster.disk_findings()[2]["what"] == f"APPTAINER_CACHEDIR {away} is not a folder"
 
 
 def test_file_system_on_which_hdf5_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

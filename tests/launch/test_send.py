@@ -211,7 +211,7 @@ def test_a_folder_whose_name_is_no_text_is_told(
     assert main(["phantom", str(images), "--patients", "4"]) == 0
     init = ["init", str(tmp_path / os.fsdecode(place)), "--study", "demo", "--raw", str(images)]
     assert main(init) == 3
-    assert "no UTF-8 text" in capsys.readouterr().err
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

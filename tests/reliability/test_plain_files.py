@@ -75,7 +75,7 @@ def test_no_verb_waits_for_a_fifo(fresh: Path, tmp_path: Path, place: str, verb:
     code, text = said_by(verb, root)
     assert code == expected, text
     if place.endswith(".h5") and verb == "verify":
-        assert f"{place}: cannot be read: it is no plain file" in text.replace("shard ", "")
+        assert f"{place}: cannot be read: it is not a plain file" in text.replace("shard ", "")
 
 
 def test_only_plain_files_are_opened(tmp_path: Path) -> None:
@@ -89,10 +89,10 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
         files.open_plain(tmp_path / "link", follow=False)
     open_before = len(os.listdir("/proc/self/fd"))
     for name in ("zero", "fifo", "."):
-        with pytest.raises(OSError, match="no plain file"):
+        with pytest.raises(OSError, match="not a plain file"):
             files.open_plain(tmp_path / name)
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    with pytest.raises(OSError, match="no plain file"):  # somebody listens at its other end
+    with pytest.raises(OSError, match="not a plain file"):  # somebody listens at its other end
         files.open_log(tmp_path / "fifo")
     os.close(reader)
     with pytest.raises(OSError, match="No such device"):

@@ -287,7 +287,7 @@ def test_links_and_what_is_no_file_are_refused(outside: Path, tmp_path: Path) ->
     assert "is reached through a link" in refused(outside)
     image.unlink()
     os.mkfifo(image)
-    assert "it is no plain file" in refused(outside)
+    assert "it is not a plain file" in refused(outside)
     image.unlink()
     shutil.copy(secret, image)
     place.rename(tmp_path / "place")
@@ -299,7 +299,7 @@ def test_links_and_what_is_no_file_are_refused(outside: Path, tmp_path: Path) ->
         path = outside / "made" / name
         path.rename(tmp_path / path.name)
         os.mkfifo(path)
-        assert "it is no plain file" in refused(outside)
+        assert "it is not a plain file" in refused(outside)
         path.unlink()
         path.symlink_to(tmp_path / path.name)
         assert "a link, which is not followed" in refused(outside)
