@@ -20,6 +20,7 @@ from cmrhpc.train.affine import expand
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import autocast, sent, setup_compute
 from cmrhpc.train.log import json_safe
+from cmrhpc.train.recorded import Capture, Recorded, cuda_graph
 
 REFINING_BATCH = 64
 
@@ -40,21 +41,122 @@ class HistoryBuffer:
     def full(self) -> bool:
         return self.filled == len(self.images)
 
-    def exchange(self, fresh: Tensor, rng: torch.Generator) -> Tensor:
-        """Give R's current output (N, C, H, W); get D's batch of refined images (N, C, H, W) and update the buffer.
-
-        Raises nothing; a batch larger than twice the capacity takes what there is.
-        """
+    def draw(self, batch: int, rng: torch.Generator) -> Tensor | None:
+        """Random places (batch // 2,) to exchange, at most all; None while it fills."""
         if not self.full:
+            return None
+        return sent(torch.randperm(len(self.images), generator=rng)[: batch // 2], self.images.device)
+
+    def exchange(self, fresh: Tensor, places: Tensor | None) -> Tensor:
+        """D's batch of refined images for R's current output, both (N, C, H, W). places: what `draw` gave for N."""
+        if places is None:
             count = min(len(fresh), len(self.images) - self.filled)
             self.images[self.filled : self.filled + count] = fresh[:count]
             self.filled += count
             return fresh
-        half = min(len(fresh) // 2, len(self.images))
-        places = sent(torch.randperm(len(self.images), generator=rng)[:half], self.images.device)
-        batch = torch.cat([self.images[places], fresh[: len(fresh) - half]])
-        self.images[places] = fresh[len(fresh) - half :]
+        kept = len(fresh) - len(places)
+        batch = torch.cat([self.images[places], fresh[:kept]])
+        self.images[places] = fresh[kept:]
         return batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one update draws, on the device."""
+
+    synthetic: Tensor  # (B,) rows of the synthetic images
+    real: Tensor | None = None  # (B,) of the real ones, for D
+    places: Tensor | None = None  # of the buffer, for D once it is full
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one update measured, each ()."""
+
+    refiner_adversarial: Tensor | None = None
+    refiner_self: Tensor | None = None
+    discriminator: Tensor | None = None
+
+
+class Updates:
+    """The updates of R and of D on their images, each with its optimizer; on a GPU each is recorded when it comes."""
+
+    def __init__(
+        self,
+        r: nn.Module,
+        d: nn.Module,
+        synthetic: Tensor,
+        real: Tensor,
+        buffer: HistoryBuffer,
+        settings: Refiner,
+        compute: Compute,
+    ):
+        self.r, self.d, self.synthetic, self.real, self.buffer = r, d, synthetic, real, buffer
+        self.settings, self.compute = settings, compute
+        self.r_sgd, self.d_sgd = (
+            torch.optim.SGD(net.parameters(), lr=settings.learning_rate, momentum=settings.momentum) for net in (r, d)
+        )
+        self.recorded = self.recordings() if synthetic.device.type == "cuda" else {}
+
+    def recordings(self, capture: Capture = cuda_graph) -> dict[str, Recorded[Rows, Losses]]:
+        """The updates, each recorded when it is called."""
+        return {
+            "adversarial": Recorded(lambda rows: self._refiner(rows, True), lambda: _state(self.r_sgd), capture),
+            "self": Recorded(lambda rows: self._refiner(rows, False), lambda: _state(self.r_sgd), capture),
+            "discriminator": Recorded(self._discriminator, lambda: [*_state(self.d_sgd), self.buffer.images], capture),
+        }
+
+    def refiner(self, rows: Rows, adversarial: bool) -> Losses:
+        """One step of R on its loss ([SIM] 3), or without `adversarial` on its second term alone."""
+        if not self.recorded:
+            return self._refiner(rows, adversarial)
+        return self.recorded["adversarial" if adversarial else "self"](rows)
+
+    def discriminator(self, rows: Rows) -> Losses:
+        """One step of D on its loss ([SIM] 2)."""
+        if not self.recorded or rows.places is None:  # Python counts the places while the buffer fills
+            return self._discriminator(rows)
+        return self.recorded["discriminator"](rows)
+
+    def _refiner(self, rows: Rows, adversarial: bool) -> Losses:
+        x = _batch(self.synthetic, rows.synthetic)
+        with autocast(self.compute, x.device):
+            refined = self.r(x)
+            logits = self.d(refined) if adversarial else None
+        self_term = losses.refiner_self(refined.float(), x)
+        loss, term = self.settings.lambda_l1 * self_term, None
+        if logits is not None:
+            term = losses.refiner_adversarial(logits.float())
+            loss = loss + term
+        self.r_sgd.zero_grad()
+        loss.backward(inputs=list(self.r.parameters()))
+        self.r_sgd.step()
+        return Losses(None if term is None else term.detach(), self_term.detach())
+
+    def _discriminator(self, rows: Rows) -> Losses:
+        assert rows.real is not None
+        y, x = _batch(self.real, rows.real), _batch(self.synthetic, rows.synthetic)
+        with torch.no_grad(), autocast(self.compute, x.device):
+            fresh = self.r(x).float()
+        refined = self.buffer.exchange(fresh, rows.places)
+        with autocast(self.compute, x.device):
+            refined_logits, real_logits = self.d(refined).float(), self.d(y).float()
+        loss = losses.refiner_discriminator_loss(refined_logits, real_logits)
+        self.d_sgd.zero_grad()
+        loss.backward()
+        self.d_sgd.step()
+        return Losses(discriminator=loss.detach())
+
+
+def _batch(images: Tensor, rows: Tensor) -> Tensor:
+    return images[rows].contiguous(memory_format=torch.channels_last)
+
+
+def _state(optimizer: torch.optim.SGD) -> list[Tensor]:
+    """Weights and momenta, the same memory from the second step on."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    momenta = (kept.get("momentum_buffer") for kept in optimizer.state.values())
+    return [*weights, *(momentum for momentum in momenta if momentum is not None)]
 
 
 @dataclass(frozen=True)
@@ -107,9 +209,6 @@ def train_refiner(
     r, d = simgan_pair(channels, settings.channels, torch.Generator().manual_seed(derive_seed(seed, "weights")))
     for net in (r, d):
         net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    r_sgd, d_sgd = (
-        torch.optim.SGD(net.parameters(), lr=settings.learning_rate, momentum=settings.momentum) for net in (r, d)
-    )
     rng = torch.Generator().manual_seed(derive_seed(seed, "draws"))
     buffer = HistoryBuffer(settings.buffer, (channels, height, width), device)
 
@@ -118,6 +217,8 @@ def train_refiner(
     real = real.to(device, torch.float32)
     if settings.expand:
         real = expand(real, affine.factor, torch.Generator().manual_seed(derive_seed(seed, "affine")))
+
+    updates = Updates(r, d, synthetic, real, buffer, settings, compute)
 
     # Take up a checkpoint.
     entries: list[dict[str, Any]] = []
@@ -128,7 +229,7 @@ def train_refiner(
     if checkpoints and saved:
         with checkpoints.loading():
             step, entries, window = saved.step, saved.state["entries"], saved.state["window"]
-            for prefix, net, optimizer in (("r", r, r_sgd), ("d", d, d_sgd)):
+            for prefix, net, optimizer in (("r", r, updates.r_sgd), ("d", d, updates.d_sgd)):
                 _load(prefix, net, optimizer, saved.tensors)
             buffer.images.copy_(saved.tensors["buffer"])
             buffer.filled = saved.state["filled"]
@@ -137,11 +238,12 @@ def train_refiner(
             log(entry)
 
     def draw(images: Tensor) -> Tensor:
-        index = torch.randint(len(images), (settings.batch,), generator=rng)
-        return images[sent(index, device)].contiguous(memory_format=torch.channels_last)
+        return sent(torch.randint(len(images), (settings.batch,), generator=rng), device)
 
-    def note(name: str, value: Tensor) -> None:
-        waiting.setdefault(name, []).append(value.detach())
+    def note(measured: Losses) -> None:
+        for name, value in vars(measured).items():
+            if value is not None:
+                waiting.setdefault(name, []).append(value)
 
     def settle() -> None:
         """The noted values as numbers; asking for each at once would wait for the device at every step."""
@@ -150,33 +252,11 @@ def train_refiner(
         waiting.clear()
 
     def update_refiner(adversarial: bool) -> None:
-        x = draw(synthetic)
-        with autocast(compute, device):
-            refined = r(x)
-            logits = d(refined) if adversarial else None
-        self_term = losses.refiner_self(refined.float(), x)
-        loss = settings.lambda_l1 * self_term
-        if logits is not None:
-            term = losses.refiner_adversarial(logits.float())
-            note("refiner_adversarial", term)
-            loss = loss + term
-        r_sgd.zero_grad()
-        loss.backward(inputs=list(r.parameters()))
-        r_sgd.step()
-        note("refiner_self", self_term)
+        note(updates.refiner(Rows(draw(synthetic)), adversarial))
 
     def update_discriminator() -> None:
-        y, x = draw(real), draw(synthetic)
-        with torch.no_grad(), autocast(compute, device):
-            fresh = r(x).float()
-        refined = buffer.exchange(fresh, rng)
-        with autocast(compute, device):
-            refined_logits, real_logits = d(refined).float(), d(y).float()
-        loss = losses.refiner_discriminator_loss(refined_logits, real_logits)
-        d_sgd.zero_grad()
-        loss.backward()
-        d_sgd.step()
-        note("discriminator", loss)
+        real_rows, rows = draw(real), draw(synthetic)
+        note(updates.discriminator(Rows(rows, real_rows, buffer.draw(settings.batch, rng))))
 
     # Train: phase R, phase D, phase 2.
     total = settings.pretrain_refiner + settings.pretrain_discriminator + settings.steps
@@ -222,7 +302,7 @@ def train_refiner(
             stopping = should_stop()
             if checkpoints and (stopping or checkpoints.due()):
                 settle()
-                tensors = _tensors("r", r, r_sgd) | _tensors("d", d, d_sgd)
+                tensors = _tensors("r", r, updates.r_sgd) | _tensors("d", d, updates.d_sgd)
                 tensors |= {"buffer": buffer.images, "rng": rng.get_state()}
                 state = {"entries": entries, "window": window, "filled": buffer.filled}
                 checkpoints.save(step, tensors, state)

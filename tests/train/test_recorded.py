@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
+from cmrhpc.nets.simgan import simgan_pair
 from cmrhpc.nets.spectral import add_spectral_norm
-from cmrhpc.study import Classifier, Compute, Generator
+from cmrhpc.study import Classifier, Compute, Generator, Refiner
 from cmrhpc.train import recorded
 from cmrhpc.train.classify import Training
 from cmrhpc.train.compute import setup_compute
@@ -31,6 +32,7 @@ from cmrhpc.train.evolution import Evolution
 from cmrhpc.train.gan import Average
 from cmrhpc.train.gan_log import GanLog
 from cmrhpc.train.recorded import Recorded
+from cmrhpc.train.refine import HistoryBuffer, Rows, Updates
 from tests.train import small
 
 PAIRS = {"residual": residual_pair, "dcgan": dcgan_pair}
@@ -261,6 +263,54 @@ def test_recorded_classifier_steps_equal_plain_ones(device: str) -> None:
             assert torch.allclose(x, y, atol=1e-5)
     assert fast.recorded.replay
     assert fast.recorded.checks == 0
+
+
+def refiner_updates(device: str) -> Updates:
+    r, d = simgan_pair(1, 4, torch.Generator().manual_seed(0))
+    for network in (r, d):
+        network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    synthetic, real = (small.images(9, seed=seed).to(device) for seed in (0, 1))
+    buffer = HistoryBuffer(10, (1, 16, 16), torch.device(device))
+    settings = Refiner(channels=4, batch=4, momentum=0.5, learning_rate=0.01)
+    return Updates(r, d, synthetic, real, buffer, settings, Compute(threads=1))
+
+
+@pytest.mark.device
+def test_recorded_refiner_updates_equal_plain_ones(device: str) -> None:
+    """Updates of R with and without D, and of D, whose buffer is full from the fourth one on."""
+    setup_compute(Compute(threads=1))
+    plain, fast = refiner_updates(device), refiner_updates(device)
+    plain.recorded = {}
+    fast.recorded = fast.recorded or fast.recordings(recording)
+    rng = torch.Generator().manual_seed(1)
+    for step in range(12):
+        rows, others, real = (torch.randint(9, (4,), generator=rng).to(device) for _ in range(3))
+        places = plain.buffer.draw(4, rng)
+        assert (places is None) == (step < 3) == (not fast.buffer.full)
+        for a, b in (
+            (plain.refiner(Rows(rows), step % 2 == 0), fast.refiner(Rows(rows), step % 2 == 0)),
+            (plain.discriminator(Rows(others, real, places)), fast.discriminator(Rows(others, real, places))),
+        ):
+            for x, y in zip(recorded._tensors(a), recorded._tensors(b), strict=True):
+                assert torch.allclose(x, y, atol=1e-5)
+        assert torch.allclose(plain.buffer.images, fast.buffer.images, atol=1e-5)
+        for mine, theirs in ((plain.r, fast.r), (plain.d, fast.d)):
+            for x, y in zip(mine.parameters(), theirs.parameters(), strict=True):
+                assert torch.allclose(x, y, atol=1e-5)
+    assert all(update.replay and update.checks == 0 for update in fast.recorded.values())
+
+
+def test_a_refiner_update_asks_nothing_of_the_device(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("cmrhpc.train.refine.autocast", lambda *_: contextlib.nullcontext())
+    setup_compute(Compute(threads=1))
+    updates = refiner_updates("meta")
+    rows = torch.zeros(4, dtype=torch.long, device="meta")
+    with _OnDevice():
+        updates.refiner(Rows(rows), True)
+        updates.refiner(Rows(rows), False)
+        made = updates.discriminator(Rows(rows, rows, rows[:2]))
+    assert made.discriminator is not None
+    assert made.discriminator.shape == ()
 
 
 def test_a_classifier_step_asks_nothing_of_the_device(monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -31,19 +31,23 @@ def names(images: torch.Tensor) -> list[int]:
     return [int(x) for x in images[:, 0, 0, 0]]
 
 
+def exchange(buffer: HistoryBuffer, fresh: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    return buffer.exchange(fresh, buffer.draw(len(fresh), rng))
+
+
 def test_buffer_fills_and_then_exchanges_halves() -> None:
     buffer, rng = HistoryBuffer(10, (1, 2, 2), torch.device("cpu")), torch.Generator().manual_seed(0)
     # While it fills, all are fresh and all are kept, up to the capacity.
     for step in range(3):
         fresh = numbered(100 * step, 4)
-        assert torch.equal(buffer.exchange(fresh, rng), fresh)
+        assert torch.equal(exchange(buffer, fresh, rng), fresh)
         assert buffer.filled == min(10, 4 * (step + 1))
     assert names(buffer.images) == [0, 1, 2, 3, 100, 101, 102, 103, 200, 201]
     # Then half comes from the buffer, half is fresh, and the other fresh half takes the places that were emptied.
     for step in range(3, 30):
         before = names(buffer.images)
         fresh = numbered(100 * step, 4)
-        batch = names(buffer.exchange(fresh, rng))
+        batch = names(exchange(buffer, fresh, rng))
         old, new = batch[:2], batch[2:]
         assert len(set(old)) == 2
         assert set(old) <= set(before)
@@ -58,9 +62,9 @@ def test_buffer_fills_and_then_exchanges_halves() -> None:
 
 def test_buffer_with_odd_batches() -> None:
     buffer, rng = HistoryBuffer(4, (1, 2, 2), torch.device("cpu")), torch.Generator().manual_seed(0)
-    buffer.exchange(numbered(0, 5), rng)
+    exchange(buffer, numbered(0, 5), rng)
     assert names(buffer.images) == [0, 1, 2, 3]
-    batch = names(buffer.exchange(numbered(10, 5), rng))
+    batch = names(exchange(buffer, numbered(10, 5), rng))
     assert len(batch) == 5
     assert batch[2:] == [10, 11, 12]
     assert sorted(set(names(buffer.images)) - {0, 1, 2, 3}) == [13, 14]
