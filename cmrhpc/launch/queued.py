@@ -18,7 +18,7 @@ from cmrhpc.launch import claim, slurm
 from cmrhpc.launch.reasons import user_name
 from cmrhpc.launch.records import DONE, FAILED, RUNNING, STOPPED, Record, read_record, read_records, record_path
 from cmrhpc.launch.send import asked_path, comment
-from cmrhpc.launch.submissions import Submission, owner, read_one, read_submissions, write_submission
+from cmrhpc.launch.submissions import Submission, owner, path_of, read_one, read_submissions, write_submission
 from cmrhpc.planning import STAGES
 from cmrhpc.validity import State
 from cmrhpc.workspace import Workspace
@@ -79,14 +79,14 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
     # Of strangers' jobs a number that came back may be among them: theirs must have the stage's name too.
     plain = _by_plain_sbatch(records, rest, trusted=own.keys())
     told = set(plain.values())
-    unknown = {key.partition("_")[0]: e for key, e in rest.items() if key in own and key.partition("_")[0] not in told}
+    unknown = {key.partition("_")[0]: e for key, e in rest.items() if key in own}
     under_way = _left_over(workspace)
     lost = {job for job, e in unknown.items() if e.comment == comment(workspace) and e.name not in under_way}
     if lost and (lost := lost - {s.job for s in read_submissions(workspace)}):  # not sent by another one just now
         what = "the queue has jobs of this workspace whose record in submissions/ is gone or damaged"
         mend = "`scancel` them, or wait for their end: their tasks would run twice"
         raise Incomplete(what, f"job {_some(sorted(lost))}", mend)
-    doubtful = tuple(job for job, e in unknown.items() if e.name in STAGES)
+    doubtful = tuple(job for job, e in unknown.items() if e.name in STAGES and job not in told)
     return Queue(submissions, found, plain | tasks, doubtful)
 
 
@@ -151,7 +151,7 @@ def _adopt(workspace: Workspace) -> None:
         elsewhere = told is not None and told.cluster not in ("", config.get("ClusterName", ""))
         if told and name in jobs:
             write_submission(workspace, dataclasses.replace(told, job=jobs[name]))
-        elif elsewhere or (slurm.hides_jobs(config) and path.stat().st_uid != os.getuid()):
+        elif elsewhere or (slurm.hides_jobs(config) and owner(path) != os.getuid()):
             continue
         path.unlink(missing_ok=True)
 
@@ -186,7 +186,7 @@ def _out_of_sight(
             continue
         if last.cluster and limits.cluster and last.cluster != limits.cluster:
             why = f"on the cluster {last.cluster}, whose queue {limits.cluster} does not show"
-        elif limits.private and (user := owner(workspace, last)) != os.getuid():
+        elif limits.private and (user := owner(path_of(workspace, last))) != os.getuid():
             why = f"by {user_name(user)}, and this cluster shows jobs to their owners alone"
         else:
             continue

@@ -64,18 +64,18 @@ def folder(workspace: Workspace) -> Path:
 
 def write_submission(workspace: Workspace, submission: Submission) -> None:
     """Note a submitted array. Raises BadInput when the file system refuses."""
-    files.atomic_write(_path(workspace, submission), as_text(submission))
+    files.atomic_write(path_of(workspace, submission), as_text(submission))
 
 
-def owner(workspace: Workspace, submission: Submission) -> int:
-    """Number of the user who sent it; our own where that cannot be told."""
+def owner(path: Path) -> int:
+    """Number of the user who wrote a record; our own where that cannot be told."""
     try:
-        return os.stat(_path(workspace, submission)).st_uid
+        return os.stat(path).st_uid
     except OSError:
         return os.getuid()
 
 
-def _path(workspace: Workspace, submission: Submission) -> Path:
+def path_of(workspace: Workspace, submission: Submission) -> Path:
     return folder(workspace) / f"{submission.job}.json"
 
 

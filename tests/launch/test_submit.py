@@ -87,6 +87,11 @@ def test_a_job_of_this_workspace_without_a_record_stops_a_submission(ready: Work
     program("squeue", f"[[ $* = *--name=* ]] || echo '{row}'")
     with pytest.raises(Incomplete, match="whose record in submissions/ is gone"):
         propose(ready)
+    note(ready, 5, records.RUNNING, "0")  # of one of its tasks is known that it runs, and of the others nothing
+    lines = [row.replace("7_0|PENDING|Priority|", "40_0|RUNNING||n1"), row.replace("7_0", "40_1")]
+    program("squeue", f"[[ $* = *--name=* ]] || printf '%s\\n' '{lines[0]}' '{lines[1]}'")
+    with pytest.raises(Incomplete, match="job 40"):
+        propose(ready)
     # Another submission has sent it and noted it while the queue was asked for.
     (ready.root / "submissions").mkdir()
     (late := ready.root.parent / "late").write_text(as_text(SENT))
