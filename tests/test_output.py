@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc.validity import states
 from cmrhpc.workspace import Workspace
 from tests.whole.conftest import make_workspace
 
@@ -38,7 +39,7 @@ def test_a_task_whose_output_is_lost_is_done(tmp_path: Path) -> None:
     root = make_workspace(tmp_path)
     done = on_full_disk("task", root, "--stage", "ingest")
     assert (done.returncode, done.stderr) == (0, "")
-    assert Workspace(root).states(("ingest",))["ingest"][0].done
+    assert states(Workspace(root), ("ingest",))["ingest"][0].done
 
 
 def test_a_log_that_takes_no_more_stops_no_task(tmp_path: Path, study_text: str) -> None:
