@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from cmrhpc import files
+from cmrhpc.hashing import sha256_of
 from cmrhpc.launch.slurm import Element
 from cmrhpc.planning import STAGES
-from cmrhpc.shards import sha256_of
 from cmrhpc.workspace import Workspace
 
 _NAME = re.compile(r"(\d+)\.json")

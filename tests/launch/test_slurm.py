@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from cmrhpc import files
+from cmrhpc.hashing import sha256_of
 from cmrhpc.launch import slurm, submissions
 from cmrhpc.launch.slurm import Element, Limits, Partition
 from cmrhpc.launch.submissions import Submission, read_submissions, write_submission
-from cmrhpc.shards import sha256_of
 from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
 
