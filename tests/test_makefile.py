@@ -36,5 +36,8 @@ def test_an_older_python_makes_no_environment_and_one_half_made_is_begun_anew(tm
     assert asked.read_text() == "-m venv .venv\n"  # somebody's own is not cleared
     ready.touch()
     os.utime(ready, (0, 0))
-    make("(3, 11)")
-    assert asked.read_text() == "-m venv .venv\n"  # one that is whole is brought up to date
+    (ready.parent / "bin").mkdir()
+    shutil.copy(python, ready.parent / "bin")
+    make("(3, 12)")
+    # One that is whole is brought up to date, and keeps its Python.
+    assert asked.read_text() == "-m pip install --quiet --upgrade pip\n"

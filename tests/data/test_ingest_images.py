@@ -390,14 +390,14 @@ def test_an_image_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, m
     """The cohort would name the hash of a file that it was not made from."""
     make_raw(tmp_path / "raw")
     first, second = sorted((tmp_path / "raw").glob("**/*.mha"))[:2]
-    cut = module.cut_image
+    cut = module.crop_image
 
     def cut_and_replace(*arguments: object) -> object:
         found = cut(*arguments)  # type: ignore[arg-type]
         shutil.copy(second, first)
         return found
 
-    monkeypatch.setattr(module, "cut_image", cut_and_replace)
+    monkeypatch.setattr(module, "crop_image", cut_and_replace)
     with pytest.raises(BadInput, match="changed while it was read") as caught:
         run(tmp_path)
     assert "row" in caught.value.where
