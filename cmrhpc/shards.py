@@ -347,7 +347,8 @@ def _identity(file: Path | int) -> tuple[int, ...]:
 def _open_checked(path: Path, names: Iterable[str] = ()) -> _Read:
     try:
         with opened(path) as file:
-            identity = _identity(file.id.get_vfd_handle())
+            if not (identity := _identity(file.id.get_vfd_handle())):
+                raise refused(path, "it went away while it was read")
             shapes = check_tree(path, file)
             told = read_told(path, file, shapes)
             data = {name: read_whole(file, name) for name in names if name in shapes}

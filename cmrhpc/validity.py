@@ -99,9 +99,10 @@ class Judge:
         wrong, entry = self.verdict(output), self.index.get(output)
         if entry and entry.content_sha256 and self.check:
             path = self.workspace.path(output)
-            found = shards.check_companions(shards.read_header(path), path.parent)
-            entry = dataclasses.replace(entry, companions="; ".join(f"{name}: {what}" for name, what in found))
-            self.index[output] = entry
+            with contextlib.suppress(CmrhpcError, OSError):  # it is being replaced
+                found = shards.check_companions(shards.read_header(path), path.parent)
+                entry = dataclasses.replace(entry, companions="; ".join(f"{name}: {what}" for name, what in found))
+                self.index[output] = entry
         return wrong or (entry.companions if entry else "")
 
     def verdict(self, output: str) -> str:

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -220,10 +220,32 @@ class Workspace:
 
         Sound shards that it does not know yet are left to the next call of `index`: thousands of tasks end at once.
         """
+        new = {name for name, entry in found.items() if entry and (entry.wrong or entry.companions)}
+        if not new and not self._mentions(found):
+            return
         old = self._remembered()
-        told = {name for name, entry in found.items() if name in old or (entry and (entry.wrong or entry.companions))}
-        if any(found[name] != old.get(name) for name in told):
-            self._remember({name: entry for name, entry in {**old, **found}.items() if entry})
+        told = {name: found[name] for name in found if name in old or name in new}
+        for name, entry in told.items():
+            # Some file systems list other numbers than they tell of a file: those of the listing are compared.
+            if entry and name in old and dataclasses.replace(entry, inode=old[name].inode) == old[name]:
+                told[name] = old[name]
+        if any(entry != old.get(name) for name, entry in told.items()):
+            listed = self.listing()
+            changed = {
+                name: dataclasses.replace(entry, inode=listed.get(name, entry.inode))
+                for name, entry in told.items()
+                if entry and entry != old.get(name)
+            }
+            left = {name: entry for name, entry in old.items() if name not in told or told[name]}
+            self._remember(left | changed)
+
+    def _mentions(self, names: Iterable[str]) -> bool:
+        """Whether the index may know any of these shards: seen without taking in thousands of others."""
+        try:
+            text = files.read_plain(self.root / "index.json")
+        except OSError:
+            return False
+        return any(json.dumps(name).encode() in text for name in names)
 
     def _remembered(self) -> dict[str, Entry]:
         try:

@@ -11,7 +11,7 @@ import io
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,7 +334,7 @@ def _check_region(place: geometry.Region, spacing: tuple[float, float], padded: 
     across, side = [place.size * step for step in place.step], place.size * place.spacing
     mend = (
         f"check the spacing ({spacing[0]:g} x {spacing[1]:g} mm), the mask, and the region's side ({side:g} mm: "
-        "image_size x spacing_mm in study.toml [data])"
+        'image_size x spacing_mm in study.toml [data]; roi = "whole" takes images that are cropped already as they are)'
     )
     if min(across) < LEAST_PIXELS:
         raise BadInput(f"the region spans only {across[0]:.2g} x {across[1]:.2g} pixels of the image", where, mend)
@@ -395,7 +395,8 @@ def _summarise(
     windows = Counter[tuple[float, float]]()
     for own_windows in report.windows.values():
         windows.update({window: count for window, count in own_windows.items() if window})
-    summary.normalised_classes = _kinds({name: report.windows[name] for name in classes}, windows)
+    shared = {window for window, patients in report.window_patients.items() if len(patients) > 1}
+    summary.normalised_classes = _kinds({name: report.windows[name] for name in classes}, windows, shared)
     by_class = summary.normalised_classes.values()
     summary.normalised = {kind: sum(kinds[kind] for kinds in by_class) for kind in next(iter(by_class))}
     summary.clipped = report.clipped / len(labels)
@@ -412,14 +413,18 @@ def _summarise(
 
 
 def _kinds(
-    counts: Mapping[str, Counter[tuple[float, float] | None]], windows: Counter[tuple[float, float]]
+    counts: Mapping[str, Counter[tuple[float, float] | None]],
+    windows: Counter[tuple[float, float]],
+    shared: Collection[tuple[float, float]],
 ) -> dict[str, dict[str, int]]:
     """Class -> images per kind of normalisation: "window" and "percentile".
 
     counts: class -> images per window, None by percentile. Where the table gives several windows, the commonest are
-    kinds of their own, "window 300 to 1800", and the others one kind together. A window of one image is never named.
+    kinds of their own, "window 300 to 1800", and the others one kind together.
+    shared: windows of more than one patient. Others are never named: a window for each patient tells no class.
     """
-    common = [window for window, n in windows.most_common(NAMED_WINDOWS) if n > 1] if len(windows) > 1 else []
+    common = [window for window, _ in windows.most_common() if window in shared][:NAMED_WINDOWS]
+    common = common if len(windows) > 1 else []
     names = {window: f"window {window[0]:g} to {window[1]:g}" for window in common}
     other = "another window" if names else "window"
     others = [other] if not names or len(names) < len(windows) else []
@@ -473,6 +478,7 @@ class _Report:
         self.rows: list[tuple[Any, ...]] = []  # of hundreds of thousands of images
         self.warnings: list[str] = []  # the last column
         self.windows: dict[str, Counter[tuple[float, float] | None]] = {}  # class -> images; None by percentile
+        self.window_patients: dict[tuple[float, float], set[str]] = {}
         self.clipped = 0.0
 
     def add(self, row: Row, patient: str, crop: Crop) -> None:
@@ -483,6 +489,8 @@ class _Report:
         self.warnings.append("; ".join(crop.warnings))
         window = crop.window if crop.report["normalised_by"] == "window" else None
         self.windows.setdefault(row.label, Counter())[window] += 1
+        if window:
+            self.window_patients.setdefault(window, set()).add(patient)
         self.clipped += crop.report["clipped_low"] + crop.report["clipped_high"]
 
     def text(self) -> str:

@@ -52,10 +52,9 @@ def _cut_short(path: str, kind: str, reader: sitk.ImageFileReader) -> bool:
     """Whether a file ends before its pixels do, for the readers that fill the rest with whatever lies in memory."""
     with open(path, "rb") as stream:
         head, length = stream.read(34), os.path.getsize(path)
-        stream.seek(max(0, length - 2**16))
-        tail = stream.read()
+        rest = stream.read() if kind == "JPEGImageIO" else b""
     if kind == "JPEGImageIO":
-        return b"\xff\xd9" not in tail  # its end mark
+        return not _jpeg_ends(head + rest)
     if kind == "BMPImageIO" and len(head) == 34:
         start, header, width, height, _, bits, packing = struct.unpack_from("<IIiiHHI", head, 10)
         plain = header >= 40 and not packing
@@ -74,6 +73,17 @@ def _cut_short(path: str, kind: str, reader: sitk.ImageFileReader) -> bool:
     except (OSError, EOFError, zlib.error):
         return True
     return missing > 0
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the end mark comes after the first scan: a thumbnail before it has one of its own."""
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        if data[at + 1 : at + 2] == b"\xda":
+            return b"\xff\xd9" in data[at:]
+        filling = data[at + 1 : at + 2] == b"\xff"
+        at += 1 if filling else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def main() -> None:

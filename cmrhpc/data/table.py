@@ -28,6 +28,7 @@ KNOWN = (*REQUIRED, *OPTIONAL)
 WINDOW = ("window_low", "window_high")
 MAX_TABLE_BYTES = 2**28
 MAX_FIELD = 4096  # characters
+APART = 0.05  # difference of two shares that chance and two scanners do not make alone
 _SPACING = re.compile(r"\s*[x;\s]\s*")
 
 
@@ -111,9 +112,10 @@ def read_heading(raw: Path, table: str = "cohort.csv") -> list[str]:
 
 
 def normalised_apart(kinds: Mapping[str, Mapping[str, int]]) -> str:
-    """Class -> images per kind of normalisation: in words, where the shares differ between classes; else empty."""
-    shares = {tuple(n / total for n in one.values()) for one in kinds.values() if (total := sum(one.values()))}
-    if len(shares) < 2:
+    """Class -> images per kind of normalisation: in words, where the shares of two classes differ by more than
+    `APART`; else empty."""
+    shares = [[n / total for n in one.values()] for one in kinds.values() if (total := sum(one.values()))]
+    if all(max(of_kind) - min(of_kind) <= APART for of_kind in zip(*shares, strict=True)):
         return ""
     told = [
         f"{shown(name)}: {', '.join(f'{n} by {how}' for how, n in counts.items())}" for name, counts in kinds.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ def ask_queue(workspace: Workspace, claimed: bool = False) -> Queue:
     if not slurm.installed() and not submissions and not claimed:
         return Queue([], {}, {})
     records = read_records(workspace)
-    jobs = {s.job for s in submissions} | {r.job for *_, r in records if r.job and r.state in (RUNNING, STOPPED)}
+    told_by_tasks = {r.job for *_, r in records if r.state in (RUNNING, STOPPED) and re.fullmatch("[0-9]+", r.job)}
+    jobs = {s.job for s in submissions} | told_by_tasks
     own = slurm.queue()
     others = slurm.queue(jobs - _jobs(own or {}))  # of who shares the workspace, or long ended
     if own is None or others is None:

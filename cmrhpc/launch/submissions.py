@@ -1,7 +1,7 @@
 """The record of what was submitted to Slurm: `submissions/JOB.json` in the workspace, one file per job array.
 
-It tells which task runs as which element, so that status can ask Slurm about it. It only informs: one that is missing
-or damaged costs a reason in words and no result.
+It tells which task runs as which element, so that status can ask Slurm about it. It costs no
+result when one is missing or damaged; while its job is queued `submit` stops, for its tasks could run twice.
 """
 
 from __future__ import annotations

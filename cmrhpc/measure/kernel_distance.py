@@ -98,7 +98,7 @@ def feature_distance(a: np.ndarray, b: np.ndarray) -> float:
     mean of k(a, a') over pairs + mean of k(b, b') over pairs - 2 mean of k(a, b). A side may be (R, M, D), R draws of
     the same images: a pair of its own side is then of one draw, so that no image meets itself.
     """
-    a, b = (np.asarray(x, float).reshape(-1, *np.shape(x)[-2:]) for x in (a, b))
+    a, b = (np.asarray(x, float)[None] if np.ndim(x) == 2 else np.asarray(x, float) for x in (a, b))
     if min(a.shape[1], b.shape[1]) < 2:
         return float("nan")
     width = a.shape[2]

@@ -146,7 +146,7 @@ class _Images:
             return np.zeros((1, 0, 1))
         if not expanded:
             return features(images)[None]
-        draws, rng = min(MAX_DRAWS, MAX_IMAGES // len(images)), np.random.default_rng(0)
+        draws, rng = min(MAX_DRAWS, MAX_IMAGES // len(images)), np.random.default_rng(("train", "test").index(part))
         return np.stack([features(turned(images, rng)) for _ in range(draws)])
 
     def of_class(self, shard: Shard, label: int, limit: int) -> np.ndarray:

@@ -231,7 +231,9 @@ def _mean_limits(shares: list[Figure]) -> tuple[float, float]:
 
 
 def _auc_limits(value: float, n: int) -> tuple[float, float]:
-    """Exact limits of an AUC of 1 or 0, which every resample has; NaN otherwise. n: patients of the smaller class.
+    """Exact limits of an AUC of 1 or 0, which every resample has; NaN otherwise.
+
+    n: pairs of patients, as many as the smaller class has, or half of all patients where some have both classes.
 
     n pairs of a patient of each class, no patient in two, are independent, and each is ranked rightly with a chance of
     the AUC or less: all are with AUC^n at most. So the limits are those of n of n (Clopper-Pearson).
@@ -255,7 +257,7 @@ def _figures(pooled: Pooled, recall: list[Figure], n: dict[str, int]) -> dict[st
             if name in ("balanced_accuracy", "sensitivity"):
                 exact = _mean_limits(recall)
             elif name == "auc":
-                exact = _auc_limits(value, n[name])
+                exact = _auc_limits(value, min(n[name], n["accuracy"] // 2))
             limits[name] = _wider(bootstrap_limits(value, drawn, n[name]), exact)
     return {name: Figure(pooled.values[name], *limits[name]) for name in METRICS}
 

@@ -68,6 +68,7 @@ def aggregate_folder(root: Path) -> Result:
     seal.write(path, sources, made.files, _counts(made.result))
     # What killed jobs left: on a cluster no run sweeps the workspace.
     workspace.remove_stale(workspace.root)
-    for output in sources.keys() & judge.makers.keys():
-        workspace.clear_checkpoints(judge.makers[output])
+    if (workspace.root / "checkpoints").exists():
+        for output in sources.keys() & judge.makers.keys():
+            workspace.clear_checkpoints(judge.makers[output])
     return made.result

@@ -16,6 +16,7 @@ import SimpleITK as sitk
 
 from cmrhpc.data import ingest as module
 from cmrhpc.data.ingest import Summary, ingest
+from cmrhpc.data.table import normalised_apart
 from cmrhpc.errors import BadInput
 from cmrhpc.shards import Shard, read_shard
 from cmrhpc.study import Folds
@@ -244,6 +245,23 @@ def test_a_window_for_each_image_is_noted_and_tells_no_class(tmp_path: Path) -> 
     assert shard.attributes["normalise"]["images"] == {"window": 6, "percentile": 0}
     assert not summary.warnings
     assert summary.notes == ["the table gives 6 different windows: values of two of them do not compare"]
+
+
+def test_a_window_for_each_patient_tells_no_class(tmp_path: Path) -> None:
+    """Its images are of one class, and so are those of a patient whatever the window."""
+    rows = make_raw(tmp_path / "raw", 4, 2)
+    ends = [{"window_low": str(int(row["patient"][4:]) * 10), "window_high": "1800"} for row in rows]
+    write_table(tmp_path / "raw", [row | one for row, one in zip(rows, ends, strict=True)])
+    shard, summary = run(tmp_path)
+    assert shard.attributes["normalise"]["images"] == {"window": 8, "percentile": 0}
+    assert not summary.warnings
+    assert summary.notes == ["the table gives 4 different windows: values of two of them do not compare"]
+
+
+def test_shares_of_normalisation_that_hardly_differ_tell_no_class() -> None:
+    kinds = {"0": {"window": 500, "percentile": 500}, "1": {"window": 540, "percentile": 460}}
+    assert normalised_apart(kinds) == ""
+    assert "tell the class" in normalised_apart(kinds | {"1": {"window": 560, "percentile": 440}})
 
 
 def test_windows_beyond_the_commonest_are_told_together(tmp_path: Path) -> None:

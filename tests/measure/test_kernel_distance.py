@@ -77,6 +77,7 @@ def test_distance_is_the_unbiased_estimate_pair_by_pair() -> None:
     across = sum(k(x, y) for x in a for y in b) / 30
     assert kd.feature_distance(a, b) == pytest.approx(within_a + within_b - 2 * across, abs=1e-12)
     assert np.isnan(kd.feature_distance(a[:1], b))
+    assert np.isnan(kd.feature_distance(np.zeros((1, 0, 1)), b))  # no image of a class in a fold
 
 
 def test_first_filters_see_brightness_and_detail() -> None:

@@ -20,7 +20,7 @@ from cmrhpc.shards import Shard, read_shard
 from cmrhpc.stages.classify import TrainingSet, classify, training_set
 from cmrhpc.stages.context import Context
 from cmrhpc.stages.task import run_task
-from cmrhpc.stages.training import TrainingLog, checkpoints
+from cmrhpc.stages.training import checkpoints
 from cmrhpc.workspace import Workspace
 
 ACGAN = """
@@ -193,13 +193,13 @@ def test_a_checkpoint_of_other_data_is_refused(workspace: Workspace) -> None:
     shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
     before = Context(workspace, task, shards, lambda: False, lambda *_: None)
     after = Context(workspace, task, shards | {COHORT: shards[FOLDS]}, lambda: False, lambda *_: None)
-    checkpoints(before, TrainingLog()).save(1, {"x": torch.zeros(1)}, {})
+    checkpoints(before).save(1, {"x": torch.zeros(1)}, {})
     try:
-        assert checkpoints(before, TrainingLog()).newest()
+        assert checkpoints(before).newest()
         with pytest.raises(BadInput, match=r"cohort\.h5"):
-            checkpoints(after, TrainingLog()).newest()
+            checkpoints(after).newest()
     finally:
-        checkpoints(before, TrainingLog()).clear()
+        checkpoints(before).clear()
 
 
 def test_weights_to_start_from_are_an_input(finished: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from cmrhpc.planning import STAGES
-from cmrhpc.report.result import arm_text, percent
+from cmrhpc.report.result import arm_text, figure_text
+from cmrhpc.report.rows import RATES, Figure
 from cmrhpc.shards import read_shard
 from tests.data.raw_folder import write_table
 from tests.report.test_tables import visible_text
@@ -158,5 +159,6 @@ def test_the_tables_are_those_of_the_predictions(study: Path, arm: str) -> None:
         assert precision == pytest.approx(found / all_called if all_called else np.nan, nan_ok=True)
         assert float(row["f1"]) == pytest.approx(2 * found / (16 + all_called))
         assert [float(row[f"predicted_{c}"]) for c in range(3)] == counts.mean(0)[k].tolist()
-        told = " ".join(percent(float(row[name] or "nan")) for name in ("precision", "recall", "f1"))
+        figures = {m: Figure(*(float(row[m + end] or "nan") for end in ("", "_low", "_high"))) for m in RATES}
+        told = " ".join(figure_text(name, figure) for name, figure in figures.items())
         assert f"resnet50 {arm_text(arm, float(row['ratio']))} {CLASSES[k]} {told}" in page
