@@ -10,7 +10,7 @@ and an AUC ranks the images of one fold only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from math import nan
 
 import numpy as np
 
@@ -32,21 +32,21 @@ class Comparison:
     key: Key
     versus: str
     metric: str
-    difference: float
-    low: float
-    high: float
-    p_corrected_t: float
-    p_mcnemar: float  # of some metrics a permutation, see `_patient_test`; AUC: NaN, see p_delong
-    p_delong: float
-    p_holm: float  # NaN for the primary comparison, which stands alone
     primary: bool
-    n_common: int  # cells (folds x repeats) that both have
     n_left_out: int  # cells of the plan that one of them lacks, or both
-    n_patients: int
-    only_arm_right: int  # patients (McNemar)
-    only_versus_right: int
-    mean_fold_difference: float  # what p_corrected_t tests
-    n_tested: int  # cells whose difference is defined, of which that is the mean
+    difference: float = nan
+    low: float = nan
+    high: float = nan
+    p_corrected_t: float = nan
+    p_mcnemar: float = nan  # of some metrics a permutation, see `_patient_test`; AUC: NaN, see p_delong
+    p_delong: float = nan
+    p_holm: float = nan  # NaN for the primary comparison, which stands alone
+    n_common: int = 0  # cells (folds x repeats) that both have
+    n_patients: int = 0
+    only_arm_right: int = 0  # patients (McNemar)
+    only_versus_right: int = 0
+    mean_fold_difference: float = nan  # what p_corrected_t tests
+    n_tested: int = 0  # cells whose difference is defined, of which that is the mean
 
     @property
     def deciding_p(self) -> float:
@@ -103,7 +103,7 @@ def compare_all(evaluator: Evaluator, rows: dict[Key, Row]) -> list[Comparison]:
     for family in dict.fromkeys((c.key[0], c.metric) for c in found):
         members = [i for i, c in enumerate(found) if (c.key[0], c.metric) == family and not c.primary]
         corrected |= dict(zip(members, statistics.holm([found[i].p_corrected_t for i in members]), strict=True))
-    return [replace(c, p_holm=float(corrected.get(i, np.nan))) for i, c in enumerate(found)]
+    return [replace(c, p_holm=float(corrected.get(i, nan))) for i, c in enumerate(found)]
 
 
 def _baselines(key: Key, study: Study) -> list[Key]:
@@ -140,23 +140,9 @@ def _compare(
     key, versus = one.key, base.key[1]
     a, b = common_cells(one_cells, base_cells)
     left_out = one.n_expected - len(a)
-    nan = float("nan")
     if not a:
-        numbers = (
-            "difference",
-            "low",
-            "high",
-            "p_corrected_t",
-            "p_mcnemar",
-            "p_delong",
-            "p_holm",
-            "mean_fold_difference",
-        )
-        counts = ("n_common", "n_patients", "only_arm_right", "only_versus_right", "n_tested")
-        empty: dict[str, Any] = dict.fromkeys(numbers, nan) | dict.fromkeys(counts, 0)
         return [
-            Comparison(key=key, versus=versus, metric=m, primary=m == declared, n_left_out=left_out, **empty)
-            for m in METRICS
+            Comparison(key=key, versus=versus, metric=m, primary=m == declared, n_left_out=left_out) for m in METRICS
         ]
     whole_a, whole_b = len(a) == len(one_cells), len(b) == len(base_cells)
     pooled_a = one.pooled if one.pooled and whole_a else evaluator.pooled(a)
@@ -195,7 +181,6 @@ def _compare(
                 p_corrected_t=test.p if defined else nan,
                 p_mcnemar=p if defined else nan,
                 p_delong=delong if defined and metric == "auc" else nan,
-                p_holm=nan,
                 primary=metric == declared,
                 n_common=len(a),
                 n_left_out=left_out,
@@ -218,7 +203,7 @@ def _wider(difference: float, test: statistics.TTest, drawn: np.ndarray, n_patie
     if np.isfinite(test.low):
         low, high = np.fmin(low, test.low + difference - test.mean), np.fmax(high, test.high + difference - test.mean)
     if statistics.blind(low, high):
-        return float("nan"), float("nan")
+        return nan, nan
     limits = np.clip([low, high], -1, 1)  # with few folds the t interval reaches beyond any difference
     low, high = np.where(np.abs(limits) < 1e-12, 0, limits)  # what rounding leaves of 0 does not exclude it
     return float(low), float(high)
@@ -242,7 +227,7 @@ def _patient_test(
     if metric in ("balanced_accuracy", "sensitivity"):
         weight = 1 / (n_classes * np.bincount(label, minlength=n_classes)[label])
     elif metric != "accuracy":
-        return float("nan"), 0, 0
+        return nan, 0, 0
     adds = np.bincount(owner, (right_a.astype(float) - right_b) * weight)
     return statistics.permutation(adds, seed), int((adds > 0).sum()), int((adds < 0).sum())
 
@@ -271,7 +256,7 @@ def best_ratios(evaluator: Evaluator, rows: dict[Key, Row]) -> list[BestRatio]:
             best = {k: min(_validation_rank(c[k], r, metric) for r, c in columns.items())[-1] for k in usable}
             cells = {k: columns[r][k] for k, r in best.items()}
             planned = max(evaluator.expected[key] for key in keys.values())
-            row = evaluator.row_of((classifier, arm.name, float("nan")), cells, planned - len(cells))
+            row = evaluator.row_of((classifier, arm.name, nan), cells, planned - len(cells))
             compared = _compare(evaluator, row, cells, rows[base], collection.cells.get(base, {}), "")
             versus = next(c for c in compared if c.metric == metric)
             chosen = {r: sum(b == r for b in best.values()) for r in columns}

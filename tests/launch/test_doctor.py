@@ -102,7 +102,8 @@ def test_gpus_that_a_torch_build_has_code_for(capability: tuple[int, int], built
 
 def test_gpu_that_torch_sees_and_has_no_code_for(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """No such GPU is at hand: the answers of the driver and of torch stand in."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     program("nvidia-smi", "echo 'Tesla V100-SXM2-32GB, 32768 MiB, 580.65.06'")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import h5py
+import markdown_it
 import numpy as np
 import pytest
 from scipy import stats
@@ -267,7 +268,6 @@ def test_the_printed_latex_tells_patients_intervals_and_what_published_means(rep
 
 
 def test_markdown_renders_as_tables(report: AggregateResult) -> None:
-    markdown_it = pytest.importorskip("markdown_it")
     text = (
         (report.folder / "table.md").read_text()
         + "\n\n| a |\n|---|\n| "
