@@ -9,7 +9,7 @@ DEMO   := runs/demo
 
 # An environment that make has begun and not finished is begun anew: it may have another Python. One that is whole keeps
 # its own, whichever `python3` is now: a mixture of two does not run.
-$(READY): pyproject.toml
+$(READY): pyproject.toml cmrhpc/nets/convolution.c
 	@test -x $(BIN)/python -a ! -e $(VENV)/begun || $(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -e $(VENV) || { mkdir $(VENV); touch $(VENV)/begun; }
 	@test -x $(BIN)/python -a ! -e $(VENV)/begun || $(PYTHON) -m venv $(if $(wildcard $(VENV)/begun),--clear) $(VENV)
@@ -52,4 +52,4 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info cmrhpc/nets/*.so .pytest_cache .mypy_cache .ruff_cache

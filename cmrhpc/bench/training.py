@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from cmrhpc.bench.timing import interleaved, medians, ratio
 from cmrhpc.errors import CmrhpcError
 from cmrhpc.nets.classifiers import build_classifier
+from cmrhpc.nets.convolution import without_kernels
 from cmrhpc.nets.plain import with_plain_layers
 from cmrhpc.study import GENERATORS, Classifier, Compute, Generator
 from cmrhpc.train.classify import DataOrder, Training
@@ -196,8 +197,8 @@ class _Operations(TorchDispatchMode):
 
 
 def _flops(evolution: Evolution, draws: Draws) -> int:
-    """Operations of our own step, which has one worker: the mode sees its own thread only."""
-    with _Operations() as counter:
+    """Operations of our own step by PyTorch's convolutions. One worker: the mode sees its own thread only."""
+    with without_kernels(), _Operations() as counter:
         evolution.generation(draws)
     return counter.total
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmrhpc.errors import BadInput, CmrhpcError
+from cmrhpc.nets.convolution import quick_convolutions
 from cmrhpc.nets.simgan import simgan_pair
 from cmrhpc.seeds import derive_seed
 from cmrhpc.study import Affine, Compute, Refiner
@@ -109,13 +110,15 @@ class Updates:
     def refiner(self, rows: Rows, adversarial: bool) -> Losses:
         """One step of R on its loss ([SIM] 3), or without `adversarial` on its second term alone."""
         if not self.recorded:
-            return self._refiner(rows, adversarial)
+            with quick_convolutions(self.synthetic.device):
+                return self._refiner(rows, adversarial)
         return self.recorded["adversarial" if adversarial else "self"](rows)
 
     def discriminator(self, rows: Rows) -> Losses:
         """One step of D on its loss ([SIM] 2)."""
         if not self.recorded or rows.places is None:  # Python counts the places while the buffer fills
-            return self._discriminator(rows)
+            with quick_convolutions(self.synthetic.device):
+                return self._discriminator(rows)
         return self.recorded["discriminator"](rows)
 
     def _refiner(self, rows: Rows, adversarial: bool) -> Losses:
@@ -170,7 +173,8 @@ class TrainedRefiner:
     def refine(self, images: Tensor) -> Tensor:
         """(N, C, H, W) float32 in [-1, 1] -> refined images of the same shape, float32 on the CPU."""
         device = next(self.network.parameters()).device
-        batches = [self.network(part.to(device)).float().cpu() for part in images.split(REFINING_BATCH)]
+        with quick_convolutions(device):
+            batches = [self.network(part.to(device)).float().cpu() for part in images.split(REFINING_BATCH)]
         return torch.cat(batches).contiguous() if batches else images.clone()
 
     def weights(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from cmrhpc.nets.convolution import Shape, convolve, input_gradient, suits_weight_gradients, weight_gradients
 from cmrhpc.nets.quick import as_autocast
 
 LARGE = 64  # positions of an image from which weight gradients of each sample alone are worth their sums
@@ -115,35 +116,43 @@ def _convolution(
 ) -> Tensor | None:
     if isinstance(padding, str) or x.dim() != 4 or not weight.requires_grad:
         return None
-    stride, padding = (list(v) if isinstance(v, tuple | list) else [v, v] for v in (stride, padding))
     x, weight, bias = as_autocast(x, weight, bias)
-    fixed = (stride, padding, [1, 1], transposed, [0, 0], 1)
+    shape = Shape(stride, padding, transposed)
     plain, plain_bias = weight.detach(), None if bias is None else bias.detach()
 
-    def back(x: Tensor, grad_output: Tensor, which: int = 0) -> Tensor:
-        mask = [which == 0, which == 1, False]
-        return torch.ops.aten.convolution_backward(grad_output, x, plain, None, *fixed, mask)[which]
-
     def gradients(x: Tensor, grad_output: Tensor, factors: Tensor) -> list[Tensor]:
-        """Every sample's own gradients once and then their sums with the factors; or, where images are so small that
-        these sums would take longer, or so many that they would fill the memory, all samples' gradients per loss."""
         factors = factors.to(x.dtype)
-        positions = min(x[0, 0].numel(), grad_output[0, 0].numel())
-        if x.device.type == "cpu" and positions >= LARGE and len(x) * plain.numel() <= TABLE:
-            table = x.new_empty(len(x), plain.numel())
-            for row, x_one, grad_one in zip(table, x.split(1), grad_output.split(1), strict=True):
-                row.view(_last(plain).shape).copy_(_last(back(x_one, grad_one, 1)))
-            found = (factors @ table).view(-1, *_last(plain).shape).movedim(4, 2)
+        if suits_weight_gradients(x, plain):
+            found = weight_gradients(grad_output, x, plain, shape, factors)
         else:
-            scales = factors[:, :, None, None, None]
-            if x.numel() < grad_output.numel():
-                found = torch.stack([back(x * scale, grad_output, 1) for scale in scales])
-            else:
-                found = torch.stack([back(x, grad_output * scale, 1) for scale in scales])
+            found = _weight_gradients(grad_output, x, plain, shape, factors)
         return [found] if bias is None else [found, factors @ grad_output.sum((2, 3))]
 
     tap = _Tap([weight] if bias is None else [weight, bias], gradients)
-    return _apply(taps, x, tap, lambda x: torch.convolution(x, plain, plain_bias, *fixed), back)
+    return _apply(
+        taps, x, tap, lambda x: convolve(x, plain, plain_bias, shape), lambda x, g: input_gradient(g, x, plain, shape)
+    )
+
+
+def _weight_gradients(grad_output: Tensor, x: Tensor, weight: Tensor, shape: Shape, factors: Tensor) -> Tensor:
+    """(M, *weight.shape) by PyTorch's convolutions: every sample's own gradients once and then their sums with the
+    factors; or, where images are so small that these sums would take longer, or so many that they would fill the
+    memory, all samples' gradients per loss."""
+
+    def one(grad_output: Tensor, x: Tensor) -> Tensor:
+        mask = [False, True, False]
+        return torch.ops.aten.convolution_backward(grad_output, x, weight, None, *shape.fixed, mask)[1]
+
+    positions = min(x[0, 0].numel(), grad_output[0, 0].numel())
+    if x.device.type == "cpu" and positions >= LARGE and len(x) * weight.numel() <= TABLE:
+        table = x.new_empty(len(x), weight.numel())
+        for row, x_one, grad_one in zip(table, x.split(1), grad_output.split(1), strict=True):
+            row.view(_last(weight).shape).copy_(_last(one(grad_one, x_one)))
+        return (factors @ table).view(-1, *_last(weight).shape).movedim(4, 2)
+    scales = factors[:, :, None, None, None]
+    if x.numel() < grad_output.numel():
+        return torch.stack([one(grad_output, x * scale) for scale in scales])
+    return torch.stack([one(grad_output * scale, x) for scale in scales])
 
 
 def _last(weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cmrhpc.nets.convolution import quick_convolutions
 from cmrhpc.nets.spectral import SpectralNorm
 from cmrhpc.train.flat import Flat
 
@@ -43,8 +44,8 @@ class Workers:
     """
 
     def __init__(self, generator: nn.Module, count: int | None = None):
-        on_cpu = all(p.device.type == "cpu" for p in generator.parameters())
-        self.count = (count or torch.get_num_threads()) if on_cpu else 1
+        self.device = next(generator.parameters()).device
+        self.count = (count or torch.get_num_threads()) if self.device.type == "cpu" else 1
         self.replicas = [Replica(copy.deepcopy(generator)) for _ in range(self.count - 1)]
         self.replicas.insert(0, Replica(generator))
         self._free: queue.SimpleQueue[Replica] = queue.SimpleQueue()
@@ -55,7 +56,8 @@ class Workers:
     def run(self, jobs: Sequence[Callable[[Replica], T]], alone: bool = False) -> list[T]:
         """Every job's result, in order. `alone`: one after the other, each on all threads."""
         if self.count == 1 or len(jobs) == 1 or alone:
-            return [job(self.replicas[0]) for job in jobs]
+            with quick_convolutions(self.device):
+                return [job(self.replicas[0]) for job in jobs]
         if self._pool is None:
             threads = torch.get_num_threads()
             here = threading.Barrier(self.count)
@@ -67,7 +69,8 @@ class Workers:
     def _on_replica(self, job: Callable[[Replica], T]) -> T:
         replica = self._free.get()
         try:
-            return job(replica)
+            with quick_convolutions(self.device):
+                return job(replica)
         finally:
             self._free.put(replica)
 
