@@ -7,14 +7,15 @@ it prints the number of each input before it reads it, so that who started it ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,12 @@ from cmrhpc.data.images import Reader
 from cmrhpc.data.table import read_table
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.launch.records import read_record
-from cmrhpc.launch.submissions import Submission, read_submissions
+from cmrhpc.launch.submissions import read_submissions
 from cmrhpc.profile import Profile, load_profile
 from cmrhpc.study import Study, parse_study
 
 SECONDS = 20  # for one input; the readers need milliseconds
+IMAGE_READER = Reader()  # one helper process for all images; who fuzzes closes it, and gives it less than SECONDS
 WORDS = [
     b"0", b"-1", b"1e999", b"nan", b"inf", b"9" * 400, b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"../", b"/etc/passwd",
     b'"', b"'", b",", b"\n", b"\r", b"[", b"]", b"{", b"}", b"=", b"[[arms]]\n", b"true", b"null", b"[" * 3000,
@@ -102,17 +104,25 @@ def read_index(path: Path) -> None:
     validity.states(workspace, ("ingest",))
 
 
-def read_log_record(path: Path) -> None:
+def read_log_record(path: Path) -> bool:
     record = read_record(path)
     assert record is None or isinstance(record.alive(), bool)
+    return record is not None
 
 
-def read_seal(path: Path) -> None:
-    seal.read(path)
-    seal.damage(path)
+def read_seal(path: Path) -> bool:
+    """Its sha256 is made right again, where it is still a seal, so that the mutation reaches what is behind it."""
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        told = json.loads(path.read_bytes())
+        told.pop("sha256", None)
+        path.write_text(seal._text(told))
+    found = seal.read(path)
+    assert found is None or all(isinstance(n, int) for n in (found.counts.leaks, found.counts.missing))
+    assert bool(found) == (seal.damage(path) != [f"{path.name}: its checksum does not hold"])
+    return found is not None
 
 
-def read_checkpoint(path: Path) -> None:
+def read_checkpoint(path: Path) -> bool:
     """The digest in front is made right again, so that the mutation reaches the parser."""
     import hashlib
 
@@ -122,7 +132,7 @@ def read_checkpoint(path: Path) -> None:
     name = path.with_name("checkpoints") / "step0000000003.checkpoint"
     name.parent.mkdir(exist_ok=True)
     name.write_bytes(hashlib.sha256(blob).hexdigest().encode() + b"\n" + blob)
-    Checkpoints(name.parent, {"a": 1}).newest()
+    return Checkpoints(name.parent, {"a": 1}).newest() is not None
 
 
 def read_hdf5(path: Path) -> None:
@@ -146,15 +156,19 @@ def read_profile(path: Path) -> None:
     assert isinstance(load_profile(path), Profile)
 
 
-def read_submission(path: Path) -> None:
+def read_submission(path: Path) -> bool:
     from cmrhpc.workspace import Workspace
 
     place = path.parent / "workspace" / "submissions" / "7.json"
     place.parent.mkdir(exist_ok=True)
     place.write_bytes(path.read_bytes())
-    for submission in read_submissions(Workspace(path.parent / "workspace")):
-        assert isinstance(submission, Submission)
+    found = read_submissions(Workspace(path.parent / "workspace"))
+    for submission in found:
         assert submission.key(0).startswith("7")
+        assert all(isinstance(index, int) for element in submission.elements for index in element)
+        assert all(isinstance(text, str) for text in (submission.name, submission.memory, *submission.depends_on))
+        assert isinstance(submission.time_limit_s, int | float)
+    return bool(found)
 
 
 def read_sums(path: Path) -> None:
@@ -179,14 +193,8 @@ def read_images_csv(path: Path) -> None:
         assert np.abs(values).max() <= 1.0
 
 
-@cache
-def image_reader() -> Reader:
-    """One helper process for all images; after a crash it starts another."""
-    return Reader()
-
-
 def read_image(path: Path) -> None:
-    image = image_reader().read(path, "row 1")
+    image = IMAGE_READER.read(path, "row 1")
     assert image.pixels.ndim == 3
     assert image.pixels.shape[2] in (1, 3)
     assert np.isfinite(image.pixels.astype(float)).all()
@@ -194,7 +202,7 @@ def read_image(path: Path) -> None:
 
 
 IMAGES = ("mha", "nii", "nii.gz", "nrrd", "gipl", "dcm", "png", "jpg", "tif", "bmp")
-READERS: dict[str, Callable[[Path], None]] = {
+READERS: dict[str, Callable[[Path], bool | None]] = {  # False: it passed over what is broken
     "csv": read_csv,
     "toml": read_toml,
     "profile": read_profile,
@@ -239,8 +247,9 @@ def read_one(reader: str, folder: Path, seed: int, number: int) -> str:
 
 
 def fuzz(reader: str, folder: Path, seed: int, count: int) -> Counter[str]:
-    """Read `count` mutated inputs here; a time limit for each."""
+    """Read `count` mutated inputs here, with a time limit for each. The timer of pytest-timeout runs on after them."""
     found: Counter[str] = Counter()
+    begun, (left, interval) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
     before = signal.signal(signal.SIGALRM, _alarm)
     try:
         for number in range(count):
@@ -253,6 +262,8 @@ def fuzz(reader: str, folder: Path, seed: int, count: int) -> Counter[str]:
                 signal.alarm(0)
     finally:
         signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - begun)), interval)
     return found
 
 
