@@ -13,7 +13,6 @@ from cmrhpc.workspace import Workspace
 from tests.whole.conftest import make_workspace
 
 FULL = Path("/dev/full")
-pytestmark = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 
 
 def on_full_disk(*words: str | Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -55,4 +54,4 @@ def test_a_log_that_takes_no_more_stops_no_task(tmp_path: Path, study_text: str)
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
-    assert len((tmp_path / "logs/classify_0.log").read_text()) <= 60
+    assert "a line of progress\n" in (tmp_path / "logs/classify_0.log").read_text()  # what fits is there

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from dataclasses import replace
 
 import pytest
@@ -170,24 +169,24 @@ def test_no_slurm_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.limits() == Limits()
 
 
+@pytest.mark.timeout(120)
 def test_slurm_that_hangs_is_left(program: Put) -> None:
     """Also when it ignores signals and its child holds the output open."""
     program("squeue", "trap '' TERM INT; sleep 1000 & echo 1\\|RUNNING; wait; sleep 1000")
-    begun = time.monotonic()
     answer = slurm.ask(["squeue"], seconds=0.5)
     assert (answer.code, answer.err) == (None, "squeue did not answer within 0 s")
-    assert time.monotonic() - begun < 60  # of the 1000 that it would take
 
 
+@pytest.mark.timeout(120)
 def test_a_slow_slurm_may_be_given_more_time(program: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     for told, seconds in (("", 10), ("60", 60), ("soon", 10), ("-1", 10), ("nan", 10)):
         monkeypatch.setenv("CMRHPC_SLURM_SECONDS", told)
         assert slurm.patience() == seconds
-    program("squeue", "sleep 100")
-    monkeypatch.setenv("CMRHPC_SLURM_SECONDS", "0.2")
-    begun = time.monotonic()
-    assert slurm.queue() is None
-    assert time.monotonic() - begun < 9
+    program("squeue", "sleep 1000")
+    for told, seconds in (("0.2", 0), ("1.2", 1)):
+        monkeypatch.setenv("CMRHPC_SLURM_SECONDS", told)
+        assert slurm.ask(["squeue"]).err == f"squeue did not answer within {seconds} s"
+        assert slurm.queue() is None
 
 
 def test_slurm_that_complains_is_none(program: Put) -> None:

@@ -220,13 +220,29 @@ def test_a_number_that_came_back_is_somebody_elses(workspace: Workspace, program
         assert judged(workspace).word == word
 
 
-def test_what_accounting_has_of_another_job_of_that_number_is_not_believed(workspace: Workspace, program: Put) -> None:
+@pytest.mark.parametrize(
+    ("queue", "word", "reason"),
+    [
+        (
+            "exit 0",
+            "failed",
+            "its job left the queue and the task left no record: cancelled, failed, or its node was lost",
+        ),
+        (
+            "echo '40_1|PENDING|Priority||synthesize-aa|(null)'",
+            "waiting",
+            "waits in the queue: other jobs go first (Priority)",
+        ),
+    ],
+)
+def test_what_accounting_has_of_another_job_of_that_number_is_not_believed(
+    workspace: Workspace, program: Put, queue: str, word: str, reason: str
+) -> None:
     write_submission(workspace, replace(SUBMITTED, name="synthesize-aa"))
-    for queue in ("exit 0", "echo '40_1|PENDING|Priority||synthesize-aa|(null)'"):
-        program("squeue", queue)
-        program("sacct", "echo '40_1|CANCELLED by 0|0:0|n1|somebody-elses'")
-        assert "cancelled by" not in judged(workspace).reason
-        assert "requeued" not in judged(workspace).reason
+    program("squeue", queue)
+    program("sacct", "echo '40_1|CANCELLED by 0|0:0|n1|somebody-elses'")
+    found = judged(workspace)
+    assert (found.word, found.reason) == (word, reason)
 
 
 def test_a_job_that_ended_before_its_task_began_shows_what_slurm_wrote(workspace: Workspace, program: Put) -> None:

@@ -266,7 +266,7 @@ def test_a_job_of_which_sbatch_does_not_tell_is_looked_for_and_not_sent_twice(
     assert not note.exists()
     place = ready.root / "submissions" / "submitit" / note.stem
     for path in (place, *place.iterdir()):  # a job unpickles what lies there as whoever submits
-        assert not path.stat().st_mode & 0o022, path
+        assert not path.stat().st_mode & 0o027, path
     (first,) = (ready.root / "submissions").glob("*.json")
     told = json.loads(first.read_text())
     assert (told["job"], told["name"]) == ("9", note.stem)

@@ -24,6 +24,13 @@ def test_bfloat16_is_native_where_the_processor_lists_it() -> None:
     assert compute.has_bfloat16(CPU) == bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
+@pytest.mark.device
+def test_bfloat16_is_native_on_gpus_from_ampere_on(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("only CUDA has a compute capability: pytest -m device --device cuda")
+    assert compute.has_bfloat16(torch.device(device)) == (torch.cuda.get_device_capability() >= (8, 0))
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_fast_mode_is_float32_where_bfloat16_is_emulated(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "has_bfloat16", lambda device: native)
