@@ -38,6 +38,18 @@ def real_data() -> Path:
     return REAL_DATA
 
 
+@pytest.fixture
+def can_chown(tmp_path: Path) -> None:
+    """Skips where files cannot be given to another user and group."""
+    probe = tmp_path / "probe"
+    probe.touch()
+    try:
+        os.chown(probe, 1, 1)
+    except OSError as error:
+        pytest.skip(f"needs root to give files away: {error.strerror}")
+    probe.unlink()
+
+
 STUDY = """
 name = "small"
 seed = 7

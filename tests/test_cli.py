@@ -336,6 +336,8 @@ def test_every_task_has_one_log_however_it_was_started(tmp_path: Path, study_tex
     assert record.state == "done"
     # As task.sh starts it: all output goes to the log already.
     log = root / "logs/refine_0.log"
+    log.touch()
+    log.chmod(0o644)
     with log.open("a") as stream:
         line = [sys.executable, "-m", "cmrhpc.cli", "task", str(root), "--stage", "refine", "--index", "0"]
         assert subprocess.run(line, stdout=stream, stderr=stream).returncode == 4

@@ -26,7 +26,7 @@ def test_others_get_no_access_and_the_group_follows_the_folder(tmp_path: Path) -
         assert stat.S_IMODE((folder / "new").stat().st_mode) & 0o007 == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another group")
+@pytest.mark.usefixtures("can_chown")
 def test_a_container_that_cannot_give_a_group_keeps_its_own_and_folders_hand_theirs_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

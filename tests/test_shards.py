@@ -296,7 +296,7 @@ def test_a_report_that_another_process_changes_all_the_time_is_not_sealed(
 
     monkeypatch.setattr(files, "atomic_write", write_both)
     with pytest.raises(Incomplete, match="another process keeps writing this report"):
-        seal.write(tmp_path / "sources.json", {"study": "ab"}, ["table.csv"], seal.Counts())
+        seal.write(tmp_path / "sources.json", {"study": "ab"}, {"table.csv": sha256_of(b"ours")}, seal.Counts())
 
 
 def test_a_seal_of_an_earlier_version_counts_nothing_and_is_whole(tmp_path: Path) -> None:

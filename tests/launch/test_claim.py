@@ -114,7 +114,10 @@ def test_a_claim_that_is_taken_over_while_it_is_read_is_looked_for_again(
 
 
 def test_a_claim_that_cannot_be_released_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
     def full(path: Path, data: bytes) -> None:
+        called.append(json.loads(data)["released"])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def work() -> None:
@@ -124,6 +127,7 @@ def test_a_claim_that_cannot_be_released_hides_no_error(tmp_path: Path, monkeypa
 
     with pytest.raises(Incomplete, match="the cluster takes no more"):
         work()
+    assert called == [True]
 
 
 RACER = """

@@ -137,30 +137,40 @@ def test_what_another_cluster_may_hold_is_told(ready: Workspace, program: Put) -
     assert notes(here) == []  # the tasks themselves have told their end
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user")
-def test_where_jobs_are_private_a_colleague_may_hold_tasks(ready: Workspace, program: Put) -> None:
-    """Nor is the note of what a colleague asked for taken away, whose answer only the colleague can find."""
+def private_notes(workspace: Workspace, program: Put) -> list[str]:
+    """What a submission is told on a cluster that shows jobs to their owners alone, and shows none."""
     program("squeue", "exit 0")
     program("sacct", "exit 1")
     program("scontrol", "echo 'PrivateData = accounts,jobs'")
-    theirs = ready.root / "submissions" / "asked" / "classify-real-bb.json"
-    files.atomic_write(theirs, as_text(dataclasses.replace(SENT, job="", name="classify-real-bb")))
-    mine = theirs.with_name("classify-real-cc.json")
-    files.atomic_write(mine, as_text(dataclasses.replace(SENT, job="", name="classify-real-cc")))
-    os.chown(theirs, 1, -1)
-    write_submission(ready, SENT)
     limits = submit.limits_for(parse_profile(PROFILE))
-
-    def notes() -> list[str]:
-        return submit.propose(ready, parse_profile(PROFILE), ask_queue(ready), limits).notes
-
     assert limits.private
-    assert notes() == []  # our own
-    os.chown(ready.root / "submissions" / "7.json", 1, -1)
-    (note,) = notes()
+    return submit.propose(workspace, parse_profile(PROFILE), ask_queue(workspace), limits).notes
+
+
+def asked_for(workspace: Workspace, name: str) -> Path:
+    """The note of a submission that was killed before it noted Slurm's answer."""
+    path = workspace.root / "submissions" / "asked" / f"{name}.json"
+    files.atomic_write(path, as_text(dataclasses.replace(SENT, job="", name=name)))
+    return path
+
+
+def test_where_jobs_are_private_our_own_are_seen(ready: Workspace, program: Put) -> None:
+    mine = asked_for(ready, "classify-real-cc")
+    write_submission(ready, SENT)
+    assert private_notes(ready, program) == []
+    assert not mine.exists()
+
+
+@pytest.mark.usefixtures("can_chown")
+def test_where_jobs_are_private_a_colleague_may_hold_tasks(ready: Workspace, program: Put) -> None:
+    """Nor is the note of what a colleague asked for taken away, whose answer only the colleague can find."""
+    theirs = asked_for(ready, "classify-real-bb")
+    write_submission(ready, SENT)
+    for path in (theirs, ready.root / "submissions" / "7.json"):
+        os.chown(path, 1, -1)
+    (note,) = private_notes(ready, program)
     assert note.startswith(f"sent before by {user_name(1)}, and this cluster shows jobs to their owners alone: job 7;")
     assert theirs.exists()
-    assert not mine.exists()
 
 
 def note(workspace: Workspace, index: int, state: str, element: str) -> None:

@@ -222,9 +222,9 @@ def test_a_report_with_files_of_another_process_is_out_of_date_and_not_damaged(
 ) -> None:
     write = seal.write
 
-    def meanwhile(path: Path, *told: dict[str, str]) -> None:
+    def meanwhile(path: Path, sources: dict[str, str], written: dict[str, str], counts: seal.Counts) -> None:
         (copied / "report/table.csv").write_text("of another process")
-        write(path, *told)
+        write(path, sources, written, counts)
 
     monkeypatch.setattr(seal, "write", meanwhile)
     aggregate_folder(copied)

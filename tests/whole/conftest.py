@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc.planning import inputs
+from cmrhpc.shards import read_shard
+from cmrhpc.stages.context import Context
+from cmrhpc.workspace import Workspace
 from tests.conftest import STUDY
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,6 +32,14 @@ def make_workspace(root: Path, text: str = STUDY, patients: int = 12) -> Path:
     cmrhpc("phantom", root / "raw", "--patients", patients, "--seed", 3)
     (root / "study.toml").write_text(text)
     return root
+
+
+def context_of(workspace: Workspace, arm: str, fold: int = 0, ratio: float | None = None) -> Context:
+    """What the classify stage gets for an arm, at its first ratio where none is told."""
+    tasks = workspace.tasks("classify")
+    task = next(t for t in tasks if t.arm == arm and t.fold == fold and ratio in (None, t.ratio))
+    shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
+    return Context(workspace, task, shards, lambda: False, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from cmrhpc.stages.context import Context
 from cmrhpc.stages.task import run_task
 from cmrhpc.stages.training import checkpoints
 from cmrhpc.workspace import Workspace
+from tests.whole.conftest import context_of
 
 ACGAN = """
 [generators.acgan]
@@ -63,13 +64,6 @@ def workspace(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Works
             if task.generator == "acgan" and task.fold == 0:
                 run_task(found, stage, index)
     return found
-
-
-def context_of(workspace: Workspace, arm: str, fold: int = 0, ratio: float | None = None) -> Context:
-    tasks = workspace.tasks("classify")
-    task = next(t for t in tasks if t.arm == arm and t.fold == fold and ratio in (None, t.ratio))
-    shards = {path: read_shard(workspace.path(path)) for path in inputs(workspace.study, task)}
-    return Context(workspace, task, shards, lambda: False, lambda *_: None)
 
 
 def trained_on(workspace: Workspace, arm: str, ratio: float | None = None) -> TrainingSet:

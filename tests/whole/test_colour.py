@@ -15,9 +15,11 @@ from cmrhpc.planning import STAGES
 from cmrhpc.report.result import arm_text, figure_text
 from cmrhpc.report.rows import RATES, Figure
 from cmrhpc.shards import read_shard
+from cmrhpc.stages.classify import training_set
+from cmrhpc.workspace import Workspace
 from tests.data.raw_folder import write_table
 from tests.report.test_tables import visible_text
-from tests.whole.conftest import cmrhpc
+from tests.whole.conftest import cmrhpc, context_of
 
 CLASSES = ("blue", "green", "red")  # the order in which init numbers them
 ARMS = ("none", "acgan", "dae-gan+simgan")
@@ -112,12 +114,17 @@ def test_images_keep_their_colours_on_the_way_to_every_shard(study: Path) -> Non
         pixels = np.asarray(picture)
     row = cohort.strings("id").index("r000012")
     np.testing.assert_allclose(cohort["image"][row], pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
-    for path in [*(study / "synthetic").rglob("*.h5"), *(study / "refined").rglob("*.h5")]:
+    trained_on = training_set(context_of(Workspace(study), "none"))  # what enters a network has colours in this order
+    rows = [cohort.strings("id").index(one) for one in trained_on.ids]
+    np.testing.assert_array_equal(trained_on.images.numpy(), cohort["image"][rows])
+    paths = [*(study / "synthetic").rglob("*.h5"), *(study / "refined").rglob("*.h5")]
+    assert len(paths) == 16 + 12
+    for path in paths:
         made = read_shard(path)
         wanted = [made.task["label"]] if made.task["label"] is not None else [0, 1, 2]
         assert sorted(set(made["label"].tolist())) == wanted
         assert made["image"].shape[1:] == (3, 16, 16)
-        assert np.ptp(made["image"], axis=1).max() > 0  # three channels and not one thrice
+        assert (np.ptp(made["image"], axis=1).max((1, 2)) > 0).all()  # three channels and not one thrice
 
 
 @pytest.mark.parametrize("arm", ARMS)
