@@ -7,45 +7,22 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cmrhpc import planning, shards, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.launch.planned import array_ranges, offset_ranges
-from cmrhpc.planning import COHORT, FOLDS, STAGES, Task
+from cmrhpc.planning import STAGES, Task
 from cmrhpc.study import parse_study
 from cmrhpc.validity import Judge
 from cmrhpc.workspace import Workspace
+from tests.outputs import write_all, write_output
 
 
 def make(root: Path, text: str) -> Workspace:
     root.mkdir(exist_ok=True)
     (root / "study.toml").write_text(text)
     return Workspace(root)
-
-
-def write_output(workspace: Workspace, task: Task, output: str, value: float = 0.0, seconds: float = 1.0) -> None:
-    """An empty but valid shard for one output, as its stage would write it."""
-    reads = [COHORT] if output == FOLDS else planning.inputs(workspace.study, task)
-    inputs = {path: shards.read_header(workspace.path(path)).content_sha256 for path in reads}
-    shards.write_shard(
-        workspace.path(output),
-        {"image": np.full((1, 1, 2, 2), value, "f4")},
-        schema="images-1",
-        task=task.to_json(),
-        settings=planning.settings(workspace.study, task, output),
-        inputs=inputs,
-        seed=planning.seed(workspace.study, task, output),
-        info={"seconds": seconds},
-    )
-
-
-def write_all(workspace: Workspace) -> None:
-    write_output(workspace, Task("ingest"), COHORT)
-    for stage in STAGES[:-1]:
-        for task in planning.tasks(workspace.study, stage):
-            write_output(workspace, task, task.output)
 
 
 def missing(workspace: Workspace, check: bool = False) -> dict[str, str]:

@@ -33,7 +33,7 @@ from cmrhpc.planning import COHORT, FOLDS, Task
 from cmrhpc.profile import parse_profile
 from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
-from tests.test_planning import write_output
+from tests.outputs import write_output
 
 STAGE = "synthesize"
 FAR = Record(records.RUNNING, "", "far_away", 17, "1", time.time(), "40", "1")  # as element 1 of array 40

@@ -27,7 +27,7 @@ from cmrhpc.planning import COHORT, Task
 from cmrhpc.profile import parse_profile
 from cmrhpc.workspace import Workspace
 from tests.launch.conftest import Put
-from tests.test_planning import write_all, write_output
+from tests.outputs import name_of_ended_process, write_all, write_output
 
 PROFILE = '[slurm]\nmax_memory = "20G"\nmax_time = "20:00:00"\n'
 SENT = Submission("7", "classify", ((0,), (1, 2)), 1e9, time_limit_s=6 * 3600, memory="16G", name="classify-real-aa")
@@ -466,9 +466,7 @@ def test_a_report_that_alone_is_missing_is_sent(workspace: Workspace, program: P
         sent.append(array.name)
         return [Job()]
 
-    with subprocess.Popen(["true"]) as ended:
-        start = files.process_start(ended.pid)
-    stale = workspace.root / f".a.h5.tmp.{files.host_name()}.{ended.pid}.{start}-1"
+    stale = name_of_ended_process(workspace.root / "a.h5")
     stale.touch()
     assert len(submit.submit_all(workspace, parse_profile(PROFILE), Limits(), send)) == 1
     assert not stale.exists()  # of a process that is gone

@@ -20,10 +20,7 @@ from cmrhpc.stages.task import run_task
 from cmrhpc.verify import verify
 from cmrhpc.workspace import Workspace
 from tests.reliability.conftest import cmrhpc, copy_of, digest
-
-SYNTHETIC = "synthetic/dae-gan/fold0_repeat0_class0"
-REFINED = "refined/simgan/dae-gan/fold1_repeat0_class1"
-PREDICTION = "predictions/none/ratio0/resnet50/fold0_repeat0"
+from tests.reliability.damage import PREDICTION, REFINED, SYNTHETIC, forge
 
 
 def flip(path: Path, place: float, bit: int = 3) -> None:
@@ -161,23 +158,6 @@ def test_a_workspace_without_shards_has_nothing_to_verify(fresh: Path) -> None:
     assert (done.returncode, done.stdout) == (4, "")
     count = sum(len(found) for found in validity.states(Workspace(fresh), freeze=False).values())
     assert f"nothing to verify: no task is done yet, {count} are missing" in done.stderr
-
-
-def forge(root: Path, name: str, **changes: np.ndarray) -> None:
-    """The shard again with other datasets, hashes and stamp right: only what it says can give it away."""
-    shard = shards.read_shard(root / name)
-    shards.write_shard(
-        root / name,
-        {dataset: shard[dataset] for dataset in shard.names} | changes,
-        schema=shard.schema,
-        task=shard.task,
-        settings=shard.settings,
-        inputs=shard.inputs,
-        seed=shard.seed,
-        attributes=shard.attributes,
-        companions={Path(file).suffix: (root / name).with_name(file).read_bytes() for file in shard.files},
-        info=shard.info,
-    )
 
 
 def test_a_planted_leak_is_found_and_is_exit_5(copied: Path) -> None:

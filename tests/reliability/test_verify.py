@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmrhpc import files, seal, shards, validity
+from cmrhpc import seal, shards, validity
 from cmrhpc.errors import BadInput
 from cmrhpc.stages.aggregate import aggregate_folder
 from cmrhpc.stages.task import run_task
 from cmrhpc.verify import Verdict, verify
 from cmrhpc.workspace import Workspace
+from tests.outputs import name_of_ended_process
 from tests.reliability.conftest import cmrhpc, command, needs_root
-from tests.reliability.test_damage import PREDICTION, SYNTHETIC, forge
+from tests.reliability.damage import PREDICTION, SYNTHETIC, forge
 
 PROOF = "no patient is in training and in test of the same fold"
 
@@ -204,10 +205,7 @@ def test_a_prediction_that_comes_while_the_report_is_made_puts_it_out_of_date(
 
 def test_a_report_sweeps_what_killed_jobs_left(copied: Path) -> None:
     """On a cluster every task looks at its own folders, and those that are done run no more."""
-    ended = subprocess.Popen(["true"])
-    start = files.process_start(ended.pid)
-    ended.wait()
-    stale = copied / "predictions" / f".a.h5.tmp.{files.host_name()}.{ended.pid}.{start}-1"
+    stale = name_of_ended_process(copied / "predictions/a.h5")
     done, missing = (copied / "checkpoints" / name / "step0000000001.checkpoint" for name in (SYNTHETIC, PREDICTION))
     for path in (stale, done, missing):
         path.parent.mkdir(parents=True, exist_ok=True)

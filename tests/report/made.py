@@ -1,8 +1,11 @@
-"""Prediction shards with known truth: a cohort, its folds, and whatever scores a test wants."""
+"""Prediction shards with known truth: a cohort, its folds, and whatever scores a test wants; and a report, read."""
 
 from __future__ import annotations
 
+import csv
+import html
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,3 +158,14 @@ def write(
     for task in tasks:
         write_one(root, study, task, datasets(one, task, scores), **changes)
     return tasks
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def visible_text(page: str) -> str:
+    """The text of a page as a reader sees it, blanks collapsed."""
+    body = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))

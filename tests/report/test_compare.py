@@ -24,7 +24,7 @@ from cmrhpc.report.result import evaluate, points, verdict
 from cmrhpc.report.rows import Evaluator
 from cmrhpc.report.tables import best_lines, comparison_lines, table_md
 from tests.report import made
-from tests.report.test_tables import visible_text
+from tests.report.made import visible_text
 
 
 def test_a_fold_that_one_arm_lacks_is_left_out_of_both(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cmrhpc.report.gallery import is_expanded, make_gallery
 from cmrhpc.study import parse_study
 from cmrhpc.train.affine import expand
 from tests.report import made
-from tests.report.test_tables import visible_text
+from tests.report.made import visible_text
 
 ARMS = "none acgan:3 dae-gan:3 dae-gan+simgan:3"
 

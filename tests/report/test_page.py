@@ -23,7 +23,7 @@ from cmrhpc.report.gallery import Gallery
 from cmrhpc.report.page import _distance_note
 from cmrhpc.report.result import evaluate
 from tests.report import made
-from tests.report.test_tables import visible_text
+from tests.report.made import visible_text
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import html
 import math
 import re
 import shutil
@@ -27,13 +25,9 @@ from cmrhpc.report.published import FIGURES
 from cmrhpc.report.result import evaluate, figure_text, limit_text, p_text, ratio_arms
 from cmrhpc.report.rows import Evaluator, share_limits
 from tests.report import made
+from tests.report.made import read_csv, visible_text
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auc")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +176,6 @@ def test_published_figures_stand_beside_their_arms(report: AggregateResult) -> N
         assert "0.8974 or 0.7664" in text
         assert "private T1 maps of the heart" in text
         assert "Every repeat of ours is computed from stored per-image predictions and passes it" in text
-
-
-def visible_text(page: str) -> str:
-    """The text of a page as a reader sees it, blanks collapsed."""
-    body = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))
 
 
 def test_page_csv_markdown_and_latex_agree(report: AggregateResult) -> None:

@@ -18,7 +18,7 @@ from cmrhpc.shards import read_shard
 from cmrhpc.stages.classify import training_set
 from cmrhpc.workspace import Workspace
 from tests.data.raw_folder import write_table
-from tests.report.test_tables import visible_text
+from tests.report.made import visible_text
 from tests.whole.conftest import cmrhpc, context_of
 
 CLASSES = ("blue", "green", "red")  # the order in which init numbers them

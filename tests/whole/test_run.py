@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, roc_auc_s
 from cmrhpc.launch.records import read_record
 from cmrhpc.shards import read_shard
 from tests.conftest import STUDY
-from tests.reliability.test_damage import forge
+from tests.reliability.damage import forge
 from tests.whole.conftest import cmrhpc, make_workspace
 
 WITHOUT = """
