@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 from pathlib import Path
@@ -12,9 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from cmrhpc import files, seal, shards
+from cmrhpc import files, shards
 from cmrhpc.errors import BadInput, Incomplete
-from cmrhpc.hashing import sha256_of
 from cmrhpc.provenance import provenance
 
 RNG = np.random.default_rng(0)
@@ -282,32 +280,6 @@ def test_a_writer_that_never_sees_its_own_companions_says_so(tmp_path: Path, mon
     with pytest.raises(Incomplete, match="another process keeps writing this shard") as raised:
         write(tmp_path / "a.h5", companions={".jsonl": b"ours"})
     assert raised.value.where == str(tmp_path / "a.h5")
-
-
-def test_a_report_that_another_process_changes_all_the_time_is_not_sealed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "table.csv").write_text("ours")
-    write_ours, number = files.atomic_write, itertools.count()
-
-    def write_both(path: Path, data: str) -> None:
-        write_ours(path, data)
-        (tmp_path / "table.csv").write_text(str(next(number)))
-
-    monkeypatch.setattr(files, "atomic_write", write_both)
-    with pytest.raises(Incomplete, match="another process keeps writing this report"):
-        seal.write(tmp_path / "sources.json", {"study": "ab"}, {"table.csv": sha256_of(b"ours")}, seal.Counts())
-
-
-def test_a_seal_of_an_earlier_version_counts_nothing_and_is_whole(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("ours")
-    told = {"sources": {"study": "ab"}, "files": {"table.csv": sha256_of(b"ours")}}
-    text = json.dumps(told | {"sha256": sha256_of(told)}, indent=0)
-    (tmp_path / "sources.json").write_text(text)
-    assert seal.damage(tmp_path / "sources.json") == []
-    found = seal.read(tmp_path / "sources.json")
-    assert found is not None
-    assert (found.sources, found.counts) == ({"study": "ab"}, seal.Counts())
 
 
 def test_a_companion_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the launch tests share: programs that stand in for Slurm's where a real one cannot be made to say something."""
+"""What the launch tests share: workspaces, and stand-ins where a real Slurm cannot be made to say something."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cmrhpc.planning import COHORT, Task
 from cmrhpc.workspace import Workspace
+from tests.outputs import write_output
 
 Put = Callable[[str, str], None]
 
@@ -33,3 +35,11 @@ def workspace(tmp_path: Path, study_text: str) -> Workspace:
     (tmp_path / "ws").mkdir()
     (tmp_path / "ws" / "study.toml").write_text(study_text)
     return Workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def ready(workspace: Workspace) -> Workspace:
+    """A workspace of which only the cohort is there."""
+    write_output(workspace, Task("ingest"), COHORT)
+    write_output(workspace, Task("ingest"), Task("ingest").output)
+    return workspace

@@ -1,11 +1,9 @@
-"""Comparisons on common folds, the one primary, Holm, best ratio; false positives and power of the whole comparison."""
+"""Comparisons on common folds, the one primary, and Holm."""
 
 from __future__ import annotations
 
 import csv
 import math
-import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +15,13 @@ from statsmodels.stats.multitest import multipletests
 from cmrhpc import planning
 from cmrhpc.measure import statistics
 from cmrhpc.report.aggregate import aggregate
-from cmrhpc.report.collect import Asked, Cell, Collection, Images, collect
+from cmrhpc.report.collect import collect
 from cmrhpc.report.compare import _wider, compare_all
 from cmrhpc.report.csvfiles import comparison_details_csv
-from cmrhpc.report.result import evaluate, points, verdict
+from cmrhpc.report.result import evaluate, verdict
 from cmrhpc.report.rows import Evaluator
 from cmrhpc.report.tables import best_lines, comparison_lines, table_md
 from tests.report import made
-from tests.report.made import visible_text
 
 
 def test_a_fold_that_one_arm_lacks_is_left_out_of_both(tmp_path: Path) -> None:
@@ -307,104 +304,6 @@ def test_a_primary_that_was_not_computed_has_no_answer(tmp_path: Path) -> None:
     assert result.rows["resnet50", "dae-gan", 3.0].n_missing == 6
 
 
-def test_best_ratio_is_chosen_on_validation_and_measured_on_test(tmp_path: Path) -> None:
-    """On validation patients ratio 1 is best in repeat 0 and ratio 3 in repeat 1; on test patients it is 3 always."""
-    study = made.study()
-    one = made.cohort(study)
-
-    def scores(task, rows):
-        validation = bool(one.split[task.repeat, task.fold][1][rows].all())
-        good = (task.ratio == (1 if task.repeat == 0 else 3)) if validation else task.ratio == 3
-        p = np.full(len(rows), 0.9 if good else 0.2)
-        return np.where(one.label[rows, None] == 1, np.c_[1 - p, p], np.c_[p, 1 - p])
-
-    made.write(tmp_path, study, one, scores)
-    result = evaluate(collect(tmp_path))
-    (best,) = result.best
-    assert (best.row.key[1], best.chosen, len(best.row.folds)) == ("dae-gan", {0.0: 0, 1.0: 3, 3.0: 3}, 6)
-    found = best.row.figures["accuracy"]
-    assert found.value == pytest.approx(0.5, abs=1e-12)  # repeat 0 is all wrong, repeat 1 all right
-    assert result.rows["resnet50", "dae-gan", 3.0].figures["accuracy"].value == 1.0
-
-
-def test_best_ratio_has_an_interval_and_is_compared_with_none(tmp_path: Path) -> None:
-    """On validation ratio 3 is always best, so its row and its difference must come out again."""
-    study = made.study(primary='arm = "dae-gan"\nratio = 3\nmetric = "balanced_accuracy"')
-    one = made.cohort(study)
-    noisy = made.noisy_scores(one.label, 2, {})
-
-    def scores(task, rows):
-        if not one.split[task.repeat, task.fold][1][rows].all():
-            return noisy(task, rows)
-        right = np.eye(2)[one.label[rows]] * 0.8 + 0.1
-        return right if task.ratio == 3 else 1 - right
-
-    made.write(tmp_path, study, one, scores)
-    result = aggregate(tmp_path).result
-    (best,) = result.best
-    assert best.chosen == {0.0: 0, 1.0: 0, 3.0: 6}
-    assert best.row.figures == result.rows["resnet50", "dae-gan", 3.0].figures
-    names = ("difference", "low", "high", "p_corrected_t", "n_common")
-    assert [getattr(best.versus, n) for n in names] == [getattr(result.primary, n) for n in names]
-    (told,) = csv.DictReader((tmp_path / "report" / "best_ratio.csv").read_text().splitlines())
-    assert (told["versus"], told["metric"]) == ("none", "balanced_accuracy")
-    assert float(told["difference_low"]) == result.primary.low
-    low, high = (100 * float(told[f"balanced_accuracy_{end}"]) for end in ("low", "high"))
-    difference = points(result.primary.difference, sign=True)
-    for name in ("index.html", "table.md"):
-        text = visible_text((tmp_path / "report" / name).read_text())
-        assert re.search(rf"ratio 3: 6 times.*\({low:.1f}–{high:.1f}\)", text)
-        assert f"{difference} ({points(result.primary.low)} to {points(result.primary.high)}) against none" in text
-        assert "best validation balanced accuracy, the primary metric" in text
-
-
-def test_the_best_ratio_of_an_arm_with_affine_is_not_credited_with_affine(tmp_path: Path) -> None:
-    """Synthetic images change nothing; affine on top makes every image right, with or without them."""
-    study = made.study(arms="none affine dae-gan:0,1,3 dae-gan+affine:0,1,3")
-    one = made.cohort(study)
-    right, weak = np.eye(2)[one.label] * 0.8 + 0.1, np.tile([0.2, 0.8], (len(one.label), 1))
-    made.write(tmp_path, study, one, lambda task, rows: (right if task.arm.endswith("affine") else weak)[rows])
-    aggregate(tmp_path)
-    told = list(csv.DictReader((tmp_path / "report" / "best_ratio.csv").read_text().splitlines()))
-    assert [(b["arm"], b["versus"], float(b["difference"])) for b in told] == [
-        ("dae-gan", "none", 0.0),
-        ("dae-gan+affine", "affine", 0.0),
-    ]
-    for name in ("index.html", "table.md"):
-        text = visible_text((tmp_path / "report" / name).read_text())
-        assert "accuracy difference, points" in text
-        assert re.search(r"dae-gan .*0\.0 \(–\) against none.* dae-gan\+affine .*0\.0 \(–\) against affine", text)
-
-
-def test_a_best_ratio_that_cannot_be_chosen_is_listed_with_the_reason(tmp_path: Path) -> None:
-    study = made.study()
-    one = made.cohort(study)
-    scores = made.noisy_scores(one.label, 2, {})
-    made.write(tmp_path, study, one, scores, skip=lambda t: (t.arm, t.ratio) == ("dae-gan", 1))
-    aggregate(tmp_path)
-    for name in ("index.html", "table.md", "best_ratio.csv"):
-        text = (tmp_path / "report" / name).read_text()
-        assert "none can be chosen: no cell of ratio 1" in text
-        assert "– (–)" not in text
-
-
-def test_the_ratio_is_chosen_by_the_primary_metric(tmp_path: Path) -> None:
-    """Ratio 1 calls all diseased, which is right more often; ratio 3 calls all normal.
-
-    Where no validation patient is normal specificity is undefined, and the lower loss is that of ratio 1.
-    """
-    for metric in ("accuracy", "specificity"):
-        root = tmp_path / metric
-        study = made.study(arms="none dae-gan:1,3", primary=f'arm = "dae-gan"\nratio = 3\nmetric = "{metric}"')
-        one = made.cohort(study, patients=(6, 30))
-        calls = {0.0: [0.3, 0.7], 1.0: [0.3, 0.7], 3.0: [0.7, 0.3]}
-        made.write(root, study, one, lambda task, rows, calls=calls: np.tile(calls[task.ratio], (len(rows), 1)))
-        (best,) = evaluate(collect(root)).best
-        normal = sum((one.label[validation] == 0).any() for _, validation, _ in one.split.values())
-        assert 0 < normal < 6
-        assert best.chosen == ({1.0: 6, 3.0: 0} if metric == "accuracy" else {1.0: 6 - normal, 3.0: normal})
-
-
 def test_the_primary_metric_is_drawn_as_well_as_accuracy(tmp_path: Path) -> None:
     """Specificity is undefined in some folds; its figures are drawn all the same."""
     study = made.study(primary='arm = "dae-gan"\nratio = 3\nmetric = "specificity"', k=5)
@@ -418,152 +317,3 @@ def test_the_primary_metric_is_drawn_as_well_as_accuracy(tmp_path: Path) -> None
     headings = [page.index(f"<h3>{title}</h3>") for title in ("Specificity per arm", "Accuracy per arm")]
     assert headings == sorted(headings)
     assert "<h3>Fold by fold: specificity</h3>" in page
-
-
-# ----------------------------------------------------------------------- simulation of the whole comparison
-
-
-SHARED = {"hard": 0.6, "suits": 0.5, "image": 0.3, "went": 0.2, "noise": 0.2}  # standard deviations of the margin
-BASE = 0.7  # margin of the arm none; above 0 an image is read rightly
-
-
-def simulated(seed: int, effect: float) -> Collection:
-    """12 normal and 28 diseased patients of 4 near-alike images, 5 folds x 2 repeats, two arms, trained anew each time.
-
-    What the arms differ in by chance: how each training went, and which patients an arm happens to suit. `effect`
-    moves the arm dae-gan towards the truth.
-    """
-    rng = np.random.default_rng(seed)
-    study = made.study(arms="none dae-gan:3", k=5, repeats=2, seed=seed)
-    of_patient = np.repeat([0, 1], [12, 28])
-    patient = np.repeat(np.arange(40), 4)
-    label, sign = of_patient[patient], 2 * of_patient[patient] - 1
-    hard, suits = rng.normal(0, SHARED["hard"], 40), rng.normal(0, SHARED["suits"], (2, 40))
-    image = rng.normal(0, SHARED["image"], 160)
-    cells: dict = {}
-    for repeat in range(2):
-        fold_of = np.empty(40, int)
-        for k in (0, 1):
-            own = rng.permutation(np.flatnonzero(of_patient == k))
-            fold_of[own] = np.arange(len(own)) % 5
-        for fold in range(5):
-            rows = np.flatnonzero(fold_of[patient] == fold)
-            images = Images(rows, label[rows], patient[rows])
-            for a, arm in enumerate(("none", "dae-gan")):
-                went, noise = rng.normal(0, SHARED["went"]), rng.normal(0, SHARED["noise"], 160)
-                margin = BASE + a * effect + went + hard[patient] + suits[a, patient] + image + noise
-                p = 1 / (1 + np.exp(-(margin * sign)[rows]))
-                task = planning.Task("classify", repeat, fold, arm=arm, ratio=3.0 * a, classifier="resnet50")
-                n_train = round(0.8 * (160 - len(rows)))  # a fifth is for validation
-                cell = Cell(
-                    task=task,
-                    shard=None,  # type: ignore[arg-type]
-                    images=images,
-                    score=np.c_[1 - p, p],
-                    n_train=n_train,
-                    validation_label=np.zeros(0, np.int64),
-                    validation_score=np.zeros((0, 2)),
-                    best_step=0,
-                )
-                cells.setdefault(("resnet50", arm, 3.0 * a), {})[repeat, fold] = cell
-    names = [f"p{i}" for i in range(40)]
-    ids = np.array([f"r{i}".encode() for i in range(160)])
-    expected = planning.tasks(study, "classify")
-    return Collection(
-        root=Path(),
-        study=study,
-        study_from="",
-        expected=expected,
-        cells=cells,
-        missing={},
-        refused={},
-        unasked=[],
-        ids=ids,
-        image_label=label,
-        image_patient=patient,
-        patients=names,
-        leaks=[],
-        unchecked_ids=0,
-        made_checked=0,
-        made_unchecked=0,
-        normalised=None,
-        primaries=Counter({study.primary: len(expected)}),
-        asked=Asked(Path(), study, {}),
-    )
-
-
-def compared(seed: int, effect: float):
-    collection = simulated(seed, effect)
-    evaluator = Evaluator(collection)
-    evaluator.weights = evaluator.weights[:400]
-    rows = {key: evaluator.row(key) for key in collection.keys}
-    found = compare_all(evaluator, rows)
-    primary = next(c for c in found if c.primary)
-    folds = [rows[key].folds for key in (primary.key, ("resnet50", "none", 0.0))]
-    differences = [a.values["accuracy"] - b.values["accuracy"] for a, b in zip(*folds, strict=True)]
-    return primary, np.array(differences), collection
-
-
-def test_no_effect_is_called_an_effect_no_more_often_than_claimed() -> None:
-    """200 studies without effect. Per image, McNemar calls far more than the 5 % it claims.
-
-    The comparison claims at most 5 % and calls fewer: these arms differ less from fold to fold than the correction
-    allows for, and p and interval must agree.
-    """
-    called, naive = [], []
-    for seed in range(200):
-        primary, _, collection = compared(seed, effect=0.0)
-        called.append(primary.distinguishable)
-        right = []
-        for cells in collection.cells.values():
-            right.append(np.concatenate([c.score.argmax(1) == c.images.label for _, c in sorted(cells.items())]))
-        naive.append(statistics.mcnemar(*right)[0] < 0.05)
-    assert np.mean(called) <= 0.05
-    assert np.mean(naive) > 0.3
-
-
-def moments(effect: float) -> tuple[float, float, float]:
-    """Of the difference of accuracy in a fold of 8 patients, 4 images each: mean, variance, covariance with all folds
-    of the other repeat together. From the normal law of the margins; nothing is drawn."""
-    variance = {name: sd**2 for name, sd in SHARED.items()}
-    total = sum(variance.values())
-    means = np.array([BASE, BASE + effect])
-    rate = stats.norm.cdf(means / math.sqrt(total))
-
-    def covariance(arm: int, other: int, *shared: str) -> float:
-        """Of two images read rightly, one by each arm, whose margins share what is named."""
-        c = sum(variance[name] for name in shared if arm == other or name in ("hard", "image"))
-        both = stats.multivariate_normal([0, 0], [[total, c], [c, total]], allow_singular=True).cdf(means[[arm, other]])
-        return float(both - rate[arm] * rate[other])
-
-    def of_difference(*shared: str) -> float:
-        return covariance(1, 1, *shared) + covariance(0, 0, *shared) - 2 * covariance(0, 1, *shared)
-
-    images, patients = 4, 8
-    n = images * patients
-    same = of_difference("hard", "suits", "image", "went", "noise")
-    near = of_difference("hard", "suits", "went")
-    far = of_difference("went")
-    one_fold = (same + (images - 1) * near + (n - images) * far) / n
-    again = (of_difference("hard", "suits", "image") + (images - 1) * of_difference("hard", "suits")) / n
-    return float(rate[1] - rate[0]), one_fold, again
-
-
-def test_a_planted_effect_is_found_with_the_power_of_theory() -> None:
-    """Mean m and variance V of the mean difference follow from how the studies are made, and so does the expected s^2
-    of the folds, J / (J - 1) (variance of a fold - V): t is nearly a noncentral t about m / sqrt(V), shrunk."""
-    j, rho, effect, studies = 10, 0.25 / 0.8, 1.1, 150
-    mean, one_fold, again = moments(effect)
-    of_mean = (j * one_fold + j * again) / j**2  # every fold overlaps with all of the other repeat together once
-    spread = (one_fold - of_mean) * j / (j - 1)
-    ratio = math.sqrt(of_mean / (spread * (1 / j + rho)))
-    expected = stats.nct.sf(stats.t.ppf(0.975, j - 1) / ratio, j - 1, mean / math.sqrt(of_mean))
-    assert 0.3 < expected < 0.95
-    found, means = [], []
-    for seed in range(studies):
-        primary, differences, _ = compared(1000 + seed, effect)
-        found.append(primary.p_corrected_t < 0.05)
-        means.append(differences.mean())
-    assert np.mean(means) == pytest.approx(mean, abs=4 * math.sqrt(of_mean / studies))
-    assert np.var(means, ddof=1) == pytest.approx(of_mean, rel=0.4)
-    assert np.mean(found) == pytest.approx(expected, abs=0.1)
