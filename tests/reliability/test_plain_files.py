@@ -205,8 +205,9 @@ with claim.hold(folder / "claim"):
 def test_who_cannot_see_a_process_takes_it_for_alive() -> None:
     hide = 'mount -o remount,hidepid=2 /proc && exec "$@"'
     space = ["unshare", "-m", "-p", "-f", "--mount-proc", "sh", "-c", hide, "sh"]
-    if subprocess.run([*space, "true"]).returncode:
-        pytest.skip("this system hides no processes")
+    probe = subprocess.run([*space, "true"], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"this system hides no processes: {(probe.stderr.splitlines() or ['no word of why'])[-1]}")
     folder = tempfile.mkdtemp()  # one that the other user can reach
     os.chmod(folder, 0o777)
     done = subprocess.run([*space, sys.executable, "-c", HIDDEN, folder], capture_output=True, text=True, timeout=120)

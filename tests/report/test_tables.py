@@ -220,7 +220,7 @@ def test_latex_is_balanced_and_escaped(report: AggregateResult) -> None:
 
 def test_latex_compiles_within_the_text_width_of_a4(report: AggregateResult, tmp_path: Path) -> None:
     if not shutil.which("pdflatex"):
-        pytest.skip("no LaTeX on this machine")
+        pytest.skip("no pdflatex on this machine: Debian has it in texlive-latex-base")
     text = (report.folder / "table.tex").read_text() + tables.tex_text('\\ & % $ # _ { } ~ ^ < > – " | é 心')
     (tmp_path / "t.tex").write_text(
         rf"\documentclass[a4paper]{{article}}\begin{{document}}{text}\typeout{{END}}\end{{document}}"
