@@ -40,6 +40,8 @@ def findings(workspace: Path | None = None, profile: Profile | None = None) -> l
     for name in ("torch", "torchvision", "timm", "safetensors"):
         mend = "only where tasks compute, and not with the container: pip install '.[train]' in the clone"
         found.append(_package(name, mend, needed=False))
+    if importlib.util.find_spec("torch"):
+        found.append(_kernels())
     found.append(_gpu())
     found += slurm_findings(profile) + container_findings(profile) + disk_findings()
     return found + (path_findings(workspace, profile) + folder_findings(workspace) if workspace else [])
@@ -50,6 +52,14 @@ def _package(name: str, mend: str, needed: bool = True) -> Finding:
         return finding(True, f"{name} {importlib.metadata.version(name)}", needed=needed)
     except importlib.metadata.PackageNotFoundError:
         return finding(False, f"{name} is not installed", mend, needed)
+
+
+def _kernels() -> Finding:
+    """Whether pip could compile them; which processors they serve is decided when tasks compute."""
+    compiled = any((Path(__file__).parent / "nets").glob("_convolution*.so"))
+    mend = "trainings on CPUs with AVX2 take a fifth longer; install a C compiler, then pip install again"
+    what = "convolutions for CPUs are compiled" if compiled else "convolutions for CPUs were not compiled"
+    return finding(compiled, what, mend, needed=False)
 
 
 def _gpu() -> Finding:

@@ -13,8 +13,9 @@ from tests.conftest import ROOT
 
 def test_an_older_python_makes_no_environment_and_one_half_made_is_begun_anew(tmp_path: Path) -> None:
     """A program stands in for Python: of some version, and it notes what else it is asked for."""
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "cmrhpc" / "nets").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "cmrhpc/nets/convolution.c"):
+        shutil.copy(ROOT / name, tmp_path / name)
     asked, ready, python = tmp_path / "asked", tmp_path / ".venv" / "ready", tmp_path / "python"
 
     def make(version: str) -> str:

@@ -39,6 +39,8 @@ def choose_device(compute: Compute) -> torch.device:
 
 def about(compute: Compute, device: torch.device) -> dict[str, str]:
     """What a shard tells of the arithmetic that made it."""
+    from cmrhpc.nets.convolution import kernels
     from cmrhpc.train.compute import uses_bfloat16
 
-    return {"device": str(device), "arithmetic": "bfloat16" if uses_bfloat16(compute, device) else "float32"}
+    own = ", own convolutions" if device.type == "cpu" and kernels() else ""
+    return {"device": str(device), "arithmetic": "bfloat16" if uses_bfloat16(compute, device) else f"float32{own}"}

@@ -75,6 +75,17 @@ def test_every_package_that_is_asked_for_is_looked_at() -> None:
         assert re.split("[<>=]", words)[0] in said
 
 
+def test_what_pip_could_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "cmrhpc"
+    (package / "nets").mkdir(parents=True)
+    monkeypatch.setattr(doctor, "__file__", str(package / "doctor.py"))
+    told = found(doctor.findings(), "convolutions for CPUs were not compiled")
+    assert (told["ok"], told["needed"]) == (False, False)
+    assert "install a C compiler" in told["mend"]
+    (package / "nets" / "_convolution.abi3.so").touch()
+    assert found(doctor.findings(), "convolutions for CPUs are compiled")["ok"]
+
+
 # The lists of torch 2.15 for CUDA 13 and of torch 2.6 for CUDA 12.4.
 NEW, OLD = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80"]
 
