@@ -17,6 +17,8 @@ from cmrhpc.paths import check_printable
 from cmrhpc.study import STUDIES, Data, Study, parse_study
 from cmrhpc.typed import build
 
+MOST_CLASSES = 100  # with more labels the column is likely another one
+
 
 def shipped() -> list[str]:
     """Names of the studies that come with the package."""
@@ -45,7 +47,8 @@ def make_workspace(
     """Write `root`/study.toml from a shipped study or a file; the classes are read from the raw table.
 
     Raises BadInput for an unknown study, a path with a line break, a workspace that has one already or is the raw
-    folder, a table that cannot be read, one class only, or a binary study whose positive class is not told.
+    folder, a table that cannot be read, one class only or over `MOST_CLASSES`, or a binary study whose positive
+    class is not told.
     """
     source = STUDIES / f"{study}.toml"
     if source.stem not in shipped() or os.sep in study:
@@ -77,6 +80,10 @@ def make_workspace(
     data["raw"] = os.path.relpath(raw.resolve(), root.resolve()) if _beside(raw, root) else str(raw.resolve())
     name, mapped = str(data.get("table", "cohort.csv")), dict(data.get("columns", {}))
     rows = read_table(raw, name, mapped)
+    labels = len({row.label for row in rows})
+    if labels > MOST_CLASSES:  # before they are counted and compared pair by pair: there may be one per row
+        mend = "is the column `label` the right one? --column label=NAME"
+        raise BadInput(f"{labels} different labels", str(raw / name), mend)
     counts = class_counts(rows)
     slips = class_slips(counts)
     try:
@@ -101,15 +108,11 @@ def _beside(raw: Path, root: Path) -> bool:
 def order_classes(labels: Iterable[str], positive: str | None, where: str) -> list[str]:
     """Class names in the order of their indices: that of `label_order`, and the positive class of a binary study last.
 
-    labels: the labels of the table, in any order. Raises BadInput for one class, more than 100, or an unclear positive.
+    labels: the labels of the table, in any order. Raises BadInput for one class, or an unclear positive.
     """
     labels = sorted(set(labels), key=label_order)
     if len(labels) < 2:
         raise BadInput(f"only one class: {labels}", where, "a study needs two or more classes")
-    if len(labels) > 100:
-        raise BadInput(
-            f"{len(labels)} different labels", where, "is the column `label` the right one? --column label=NAME"
-        )
     if len(labels) > 2:
         if positive is not None:
             raise BadInput("--positive is for two classes", where, f"this table has {len(labels)}: leave it out")

@@ -71,10 +71,13 @@ def class_slips(counts: Mapping[str, tuple[int, int]]) -> list[str]:
             same = letters(name) == letters(other) and bool(letters(name))
             rare = images <= max(RARE_IMAGES, RARE_SHARE * counts[other][0]) and images < counts[other][0]
             digits = [[c for c in text if c.isdigit()] for text in (name, other)]
-            near = difflib.SequenceMatcher(None, name.casefold(), other.casefold()).ratio() >= NEAR
-            if same or (rare and near and digits[0] == digits[1]):
+            if same or (rare and digits[0] == digits[1] and _near(name, other)):
                 told = many(images, "image")
                 what = f"the class {shown(name)} has {told}: did you mean {shown(other)}, which has {counts[other][0]}?"
                 lines.append(f"{what} Mend the label in the table")
                 break
     return lines
+
+
+def _near(name: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, name.casefold(), other.casefold()).ratio() >= NEAR

@@ -85,6 +85,17 @@ def test_a_third_class_by_a_slip_is_told_when_two_were_meant(tmp_path: Path) -> 
     assert '"normal" 5 images of 3 patients' in caught.value.mend
 
 
+def test_a_wrong_label_column_is_told_without_a_list_of_its_labels(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(101):
+        (raw / f"{i}.png").touch()
+    write_table(raw, [{"image": f"{i}.png", "label": f"person {i}", "patient": str(i)} for i in range(101)])
+    with pytest.raises(BadInput, match="101 different labels") as caught:
+        make_workspace(tmp_path / "ws", "demo", raw)
+    assert caught.value.mend == "is the column `label` the right one? --column label=NAME"
+
+
 def test_of_two_inits_at_once_one_makes_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_raw(tmp_path / "raw")
     study = tmp_path / "ws" / "study.toml"
