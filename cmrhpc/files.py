@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import socket
@@ -23,7 +24,7 @@ from cmrhpc.errors import BadInput
 DAY = 86400.0
 MOST = 2**28  # bytes of a file that is read whole
 PUBLIC = stat.S_ISVTX | stat.S_IWOTH  # of a folder such as /tmp
-_counter = 0
+_numbers = itertools.count(1)  # of temporary files: no two threads get the same
 _kept: set[Path] = set()
 _TEMPORARY = re.compile(r"\..+\.tmp\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<start>\d+)-\d+", re.DOTALL)
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the number Linux gives to the one of the machine itself
@@ -113,9 +114,8 @@ def host_name() -> str:
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process, thread or call uses."""
-    global _counter
-    _counter += 1
-    return path.with_name(f".{path.name}.tmp.{host_name()}.{os.getpid()}.{process_start()}-{_counter}")
+    number = next(_numbers)
+    return path.with_name(f".{path.name}.tmp.{host_name()}.{os.getpid()}.{process_start()}-{number}")
 
 
 def make_folder(folder: Path) -> None:

@@ -7,7 +7,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,19 @@ def test_create_once_has_one_winner(tmp_path: Path) -> None:
     assert not files.create_once(tmp_path / "a", "second")
     assert (tmp_path / "a").read_text() == "first"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_two_threads_at_once_get_two_temporary_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, host_name = threading.Barrier(2), files.host_name
+
+    def waits() -> str:
+        both.wait(30)
+        return host_name()
+
+    monkeypatch.setattr(files, "host_name", waits)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(files.temporary_name, [tmp_path / "x"] * 2)
+    assert first != second
 
 
 def test_only_temporary_files_of_dead_processes_or_of_yesterday_are_removed(tmp_path: Path) -> None:
