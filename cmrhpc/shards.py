@@ -352,7 +352,7 @@ def _open_checked(path: Path, names: Iterable[str] = ()) -> _Read:
             shapes = check_tree(path, file)
             told = read_told(path, file, shapes)
             data = {name: read_whole(file, name) for name in names if name in shapes}
-    except BadInput:
+    except (BadInput, MemoryError):  # a lack of memory is no fault of the file
         raise
     except Exception as error:  # the HDF5 library raises many kinds for a malformed file
         raise refused(path, f"{type(error).__name__}: {error}"[:200]) from None

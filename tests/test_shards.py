@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -186,6 +188,21 @@ def test_hostile_shards_are_refused(tmp_path: Path, change: str) -> None:
     assert shards.damage_of(tmp_path / "a.h5") == ""
     with pytest.raises(BadInput, match="refused"):
         shards.read_shard(tmp_path / "a.h5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: /proc, and a limit on memory that holds")
+def test_a_lack_of_memory_is_no_fault_of_the_shard(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", datasets=DATA | {"image": np.zeros((128, 2**20), "u1")})
+    code = (
+        "import resource, sys; from pathlib import Path; from cmrhpc import shards\n"
+        "shards.read_shard_with(sys.argv[1], ['label'])\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))\n"
+        "try: shards.read_shard_with(sys.argv[1], ['image'])\n"
+        "except BaseException as error: print(type(error).__mro__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.h5")]
+    assert "<class 'MemoryError'>" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_shard_of_another_schema_is_refused(tmp_path: Path) -> None:
