@@ -202,7 +202,11 @@ def _image(image: Path) -> list[Finding]:
     checksum = Path(f"{image}.sha256")
     if not checksum.is_file():
         return [finding(False, f"image {image}: no checksum beside it", f"copy {checksum.name} too, or: sha256sum")]
-    told = (checksum.read_text().split() or [""])[0]
+    try:
+        told = (checksum.read_text(encoding="utf-8").split() or [""])[0]
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        return [finding(False, f"{checksum} cannot be read: {why}", "mend its access, or copy it again")]
     if image.is_dir():
         return [finding(True, f"image {image}: an unpacked folder, which carries the checksum {told[:12]}...")]
     try:

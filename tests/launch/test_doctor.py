@@ -216,6 +216,9 @@ def test_image_and_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     checksum = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"  # of "one"
     (tmp_path / "cmrhpc.sif.sha256").write_text(f"{checksum}  cmrhpc.sif\n")
     assert found(cluster.container_findings(None), "its checksum holds")["ok"]
+    (tmp_path / "cmrhpc.sif.sha256").write_bytes(b"\xff\xfe7692")
+    assert "it is no text" in found(cluster.container_findings(None), f"{image}.sha256 cannot be read")["what"]
+    (tmp_path / "cmrhpc.sif.sha256").write_text(f"{checksum}  cmrhpc.sif\n")
     image.write_text("two")
     assert "copy it again" in found(cluster.container_findings(None), "its checksum does not hold")["mend"]
     image.unlink()
