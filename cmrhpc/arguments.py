@@ -116,12 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("submit", "everything missing, on Slurm through submitit", "cmrhpc submit ws --profile mycluster")
     p.add_argument("workspace", metavar="WORKSPACE")
-    p.add_argument(
-        "--profile",
-        required=True,
-        metavar="P",
-        help="a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles",
-    )
+    p.add_argument("--profile", required=True, metavar="P", help=PROFILE)
     p.add_argument("--dry-run", action="store_true", help="print the sbatch files, checked by Slurm, and send nothing")
     p.add_argument("--yes", action="store_true", help="send without asking")
     p.add_argument("--json", action="store_true")
@@ -170,11 +165,6 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("doctor", "what is installed, which GPU, which Slurm, which container, what is missing", "cmrhpc doctor")
     p.add_argument("workspace", metavar="WORKSPACE", nargs="?", help="a folder, to look at its file system too")
-    p.add_argument(
-        "--profile",
-        default=None,
-        metavar="P",
-        help="a file, or its name if it lies in slurm/profiles or ~/.config/cmrhpc/profiles",
-    )
+    p.add_argument("--profile", default=None, metavar="P", help=PROFILE)
     p.add_argument("--json", action="store_true")
     return top
