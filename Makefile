@@ -8,12 +8,12 @@ DEMO   := runs/demo
 .PHONY: demo test test-cluster test-kill test-gpu test-slow bench lint clean
 
 # An environment that make has begun and not finished is begun anew: it may have another Python. One that is whole keeps
-# its own, whichever `python3` is now: a mixture of two does not run.
+# its own, whichever `python3` is now: a mixture of two does not run. `venv --clear` would delete `begun` too early.
 $(READY): pyproject.toml cmrhpc/nets/convolution.c
 	@test -x $(BIN)/python -a ! -e $(VENV)/begun || $(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -e $(VENV) || { mkdir $(VENV); touch $(VENV)/begun; }
-	@test -x $(BIN)/python -a ! -e $(VENV)/begun || $(PYTHON) -m venv $(if $(wildcard $(VENV)/begun),--clear) $(VENV)
-	$(if $(wildcard $(VENV)/begun),touch $(VENV)/begun)
+	@test ! -e $(VENV)/begun || find $(VENV) -mindepth 1 ! -path $(VENV)/begun -delete
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --quiet --editable '.[dev]'
 	rm -f $(VENV)/begun

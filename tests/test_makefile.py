@@ -30,11 +30,15 @@ def test_an_older_python_makes_no_environment_and_one_half_made_is_begun_anew(tm
     assert asked.read_text() == ""
     assert "make PYTHON" not in make("(3, 11)")
     assert asked.read_text() == "-m venv .venv\n"
+    (ready.parent / "bin").mkdir()
+    shutil.copy(python, ready.parent / "bin")
     make("(3, 11)")
-    assert asked.read_text() == "-m venv --clear .venv\n"
-    (tmp_path / ".venv" / "begun").unlink()
+    # Its Python is gone, and the mark is there should this time be interrupted too.
+    assert (asked.read_text(), os.listdir(ready.parent)) == ("-m venv .venv\n", ["begun"])
+    (ready.parent / "begun").rename(ready.parent / "own")
     make("(3, 11)")
-    assert asked.read_text() == "-m venv .venv\n"  # somebody's own is not cleared
+    # Somebody's own is not cleared.
+    assert (asked.read_text(), os.listdir(ready.parent)) == ("-m venv .venv\n", ["own"])
     ready.touch()
     os.utime(ready, (0, 0))
     (ready.parent / "bin").mkdir()
