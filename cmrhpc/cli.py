@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         crowded = f"! --jobs {jobs} starts {jobs * threads} threads, which slow each other down on {gpus.cores()} cores"
         print(f"{crowded}: --jobs {gpus.tasks_on_cores(threads)} is quicker", file=sys.stderr)
     summary = run_all(workspace, jobs, args.plain)
-    if not summary.done and not summary.failed and not summary.missing:
+    if not (summary.done or summary.failed or summary.missing or summary.stopped):
         print(f"nothing to do: all {summary.already} tasks are done")
     table = workspace.path("report/table.md")
     if table.is_file() and not summary.stopped_by:
@@ -174,11 +174,12 @@ def run(args: argparse.Namespace) -> int:
         word = "interrupted" if interrupted else "stopped on request"
         print(f"{word}: what was finished is kept; `cmrhpc run` goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED if interrupted else Checkpointed.exit_code
-    if summary.failed or summary.missing:
+    if summary.failed or summary.missing or summary.stopped:
         from cmrhpc.launch.failures import told
 
         mend = "mend each cause, then run the same command again: what is done is kept"
-        raise (Damage if summary.damage else Incomplete)(told(summary.failed, summary.missing), "", mend)
+        what = told(summary.failed, summary.missing, summary.stopped)
+        raise (Damage if summary.damage else Incomplete)(what, "", mend)
     if wrong := fault_of_the_last(workspace):  # also where it was up to date
         raise wrong
     return 0

@@ -19,12 +19,16 @@ class Failure:
     log: str
 
 
-def told(failures: Sequence[Failure], missing: Sequence[str]) -> str:
-    """All failures grouped by what went wrong and how to mend it, and the tasks that could not start for them."""
+def told(failures: Sequence[Failure], missing: Sequence[str], stopped: Sequence[str] = ()) -> str:
+    """All failures grouped by what went wrong and how to mend it, and the tasks that could not start for them.
+
+    stopped: tasks that a signal of their own ended; the next run goes on with them.
+    """
     kinds: dict[tuple[str, str], list[Failure]] = {}
     for failure in failures:
         kinds.setdefault((failure.what, failure.mend), []).append(failure)
     lines = [f"{_tasks(len(failures))} failed, {len(missing)} could not start"]
+    lines[0] += f", {len(stopped)} stopped by a signal" if stopped else ""
     for (what, mend), group in list(kinds.items())[:SHOWN_KINDS]:
         first, *more = what.splitlines() or ["no message"]
         lines += [f"  {_tasks(len(group))}: {first}", *(f"    {line}" for line in more)]
@@ -38,6 +42,7 @@ def told(failures: Sequence[Failure], missing: Sequence[str]) -> str:
             lines += [f"    {name + ':':<6} {text}" for text in _some(found)]
     if len(kinds) > SHOWN_KINDS:
         lines.append(f"  and {len(kinds) - SHOWN_KINDS} more kinds of failure: `cmrhpc status` lists them")
+    lines += [f"  stopped, the next run goes on with it: {text}" for text in _some(stopped)]
     if missing:
         lines += [f"  not started, inputs are missing: {text}" for text in _some(missing)]
     return "\n".join(lines)

@@ -37,12 +37,13 @@ from cmrhpc.workspace import Workspace
 
 @dataclass
 class Summary:
-    """What a run did. missing: titles of tasks that did not start."""
+    """What a run did. missing: titles of tasks that did not start; stopped: of those that a signal ended."""
 
     done: int = 0
     already: int = 0
     failed: list[Failure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
     damage: bool = False  # whether a task found damage or a leak
     stopped_by: int = 0  # the signal that asked the run to stop
 
@@ -264,10 +265,10 @@ def _finish(
         told = str(CmrhpcError(what, where, mend))
         records.write_record(workspace, state.task.stage, state.index, outcome.state, told)
         # What the report lacks is told already.
-        if not (outcome.kept and code == Incomplete.exit_code and summary.failed):
+        if not (outcome.kept and code == Incomplete.exit_code and (summary.failed or summary.stopped)):
             summary.failed.append(Failure(state.task.title, what, where, mend, str(log)))
     else:
-        summary.missing.append(state.task.title)
+        summary.stopped.append(state.task.title)
     display.finished(state, outcome.state, outcome.what, time.monotonic() - task.begun)
 
 

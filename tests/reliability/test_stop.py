@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -90,6 +91,24 @@ def test_a_signal_to_the_run_alone_reaches_its_tasks(fresh: Path, tmp_path: Path
     code, lines = stop(process, signal.SIGTERM, group=False)
     assert (code, len(lines)) == (75, 1), lines
     assert not working(root)
+
+
+def test_a_task_that_is_stopped_alone_is_named_at_the_end(fresh: Path, tmp_path: Path) -> None:
+    root = copy_of(fresh, tmp_path / "run")
+    study = (root / "study.toml").read_text()
+    (root / "study.toml").write_text(study.replace("generations = 3", "generations = 1000000"))
+    process = start(root)
+    while process.poll() is None:
+        for record in map(read_record, (root / "logs").glob("synthesize_*.json")):
+            if record and record.state == "running":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGTERM)
+        time.sleep(0.5)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 4
+    lines = errors.decode().splitlines()
+    assert lines[0].endswith("0 tasks failed, 6 could not start, 4 stopped by a signal")
+    assert len([line for line in lines if line.startswith("  stopped, the next run goes on with it: ")]) == 4
 
 
 def test_a_second_interrupt_ends_the_tasks_at_once(fresh: Path, tmp_path: Path) -> None:
