@@ -100,6 +100,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
     context.set_forkserver_preload(["cmrhpc.launch.preload"] if torch_there and sys.platform == "linux" else [])
     display = Display(states, plain, jobs)
     made = {s.task.output for stage in STAGES for s in states[stage] if s.done} | _made_by_ingest(states)
+    reads = {s.task.output: planning.inputs(workspace.study, s.task) for s in todo}
     running: dict[Connection, _Running] = {}
     visible = gpus.usable()
     stop = _StopFlag()
@@ -107,7 +108,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
         _start_server(context, stop)
         while todo or running:
             while todo and len(running) < jobs and not stop.number:
-                state = _next_ready(workspace, todo, made, bool(running))
+                state = _next_ready(todo, reads, made, bool(running))
                 if state is None:
                     break
                 todo.remove(state)
@@ -120,7 +121,7 @@ def run(workspace: Workspace, jobs: int, plain: bool = False) -> Summary:
                 display.stopping()
                 for task in running.values():
                     with contextlib.suppress(OSError):
-                        os.kill(task.process.pid or 0, signal.SIGKILL if stop.at_once else signal.SIGTERM)
+                        task.process.kill() if stop.at_once else task.process.terminate()
             for ready in wait(list(running), timeout=0.5):
                 task = running[ready]  # type: ignore[index]
                 if not _listen(task, display):
@@ -143,19 +144,20 @@ def _none_left(running: dict[Connection, _Running]) -> Iterator[None]:
     finally:
         for task in running.values():
             with contextlib.suppress(OSError):
-                os.kill(task.process.pid or 0, signal.SIGTERM)
+                task.process.terminate()
 
 
 def _made_by_ingest(states: dict[str, list[State]]) -> set[str]:
     return {COHORT, FOLDS} if states["ingest"][0].done else set()
 
 
-def _next_ready(workspace: Workspace, todo: list[State], made: set[str], busy: bool) -> State | None:
-    """The first task whose inputs are all there; the report comes last, with whatever predictions there are."""
+def _next_ready(todo: list[State], reads: dict[str, list[str]], made: set[str], busy: bool) -> State | None:
+    """The first task whose inputs are all there; the report comes last, with whatever predictions there are.
+
+    reads: a task's output -> its inputs.
+    """
     for state in todo:
-        if state.task.stage == "aggregate":
-            continue
-        if all(path in made for path in planning.inputs(workspace.study, state.task)):
+        if state.task.stage != "aggregate" and all(path in made for path in reads[state.task.output]):
             return state
     only_report = [s for s in todo if s.task.stage == "aggregate"]
     some = any(path.startswith("predictions/") for path in made)
