@@ -55,11 +55,13 @@ def _package(name: str, mend: str, needed: bool = True) -> Finding:
 
 
 def _kernels() -> Finding:
-    """Whether pip could compile them; which processors they serve is decided when tasks compute."""
-    compiled = any((Path(__file__).parent / "nets").glob("_convolution*.so"))
+    """Whether those that pip compiled can be loaded; which processors they serve is decided when tasks compute."""
+    code = "from cmrhpc.nets.convolution import load; print(load()[1])"
+    answer = ask([sys.executable, "-P", "-c", code], seconds=60)
+    why = answer.out.strip() if answer.code == 0 else "torch does not load"
     mend = "trainings on CPUs with AVX2 take a fifth longer; install a C compiler, then pip install again"
-    what = "convolutions for CPUs are compiled" if compiled else "convolutions for CPUs were not compiled"
-    return finding(compiled, what, mend, needed=False)
+    what = f"cannot be used: {why}" if why else "are compiled"
+    return finding(not why, f"convolutions for CPUs {what}", mend, needed=False)
 
 
 def _gpu() -> Finding:

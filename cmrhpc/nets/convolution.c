@@ -2,7 +2,7 @@
 
    All of them are loops around one product: of 6 values with 16 per step, whose 6 x 16 sums stay in registers. Threads
    are those of the program's own OpenMP, which is there since torch is: this file is linked without one. Functions that
-   are called from outside return 0, or -1 without memory. */
+   are called from outside return 0, -1 without memory, -2 for sizes that they do not take. */
 
 #include <stddef.h>
 #include <stdlib.h>
@@ -19,15 +19,15 @@ enum { SIX = 6, WIDE = 16, POINTS = 16, POSITIONS = 512, MEMORY = 131072, TILES 
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE count up(count a, count b) { return (a + b - 1) / b; }
+INLINE count over(count a, count b) { return (a + b - 1) / b; } /* rounded up */
 INLINE count least(count a, count b) { return a < b ? a : b; }
 INLINE count most(count a, count b) { return a > b ? a : b; }
-INLINE eight all(float a) { return (eight){a, a, a, a, a, a, a, a}; }
+INLINE eight broadcast(float a) { return (eight){a, a, a, a, a, a, a, a}; }
 INLINE eight load(const float *from) { return *(const eight *)from; }
 INLINE void store(float *to, eight value) { *(eight *)to = value; }
 
-/* The number of this file's interface: convolution.py uses no other. */
-int convolution_interface(void) { return 1; }
+/* Raised with every change of this file, here and in convolution.py, which uses no other. */
+int convolution_version(void) { return 1; }
 
 INLINE int this_thread(void)
 {
@@ -46,7 +46,7 @@ INLINE void multiply(eight sums[SIX][2], const float *six, count row, count step
         eight low = load(wide), high = load(wide + 8);
 #pragma GCC unroll 6
         for (int r = 0; r < SIX; r++) {
-            eight one = all(six[r * row]);
+            eight one = broadcast(six[r * row]);
             sums[r][0] += one * low;
             sums[r][1] += one * high;
         }
@@ -58,19 +58,19 @@ INLINE void pack_six(const float *x, count channels, count left, float *to, coun
 {
     count k = 0;
     if (left >= 8)
-        for (; k < n - 1; k++) store(to + k * SIX, load(x + k * channels)); /* the last two are overwritten */
+        for (; k < n - 1; k++) store(to + k * SIX, load(x + k * channels)); /* two too many: the next covers them */
     for (; k < n; k++)
         for (count c = 0; c < SIX; c++) to[k * SIX + c] = c < left ? x[k * channels + c] : 0;
 }
 
-/* WIDE channels in the same way, of rows of w positions: of each row first every stride-th position from 0 on, then from
-   1 on: to[rows][stride][up(w, stride)][WIDE]. So a tap finds what it sees side by side. */
+/* WIDE channels in the same way, of rows of w positions: of each row first every stride-th position from 0 on, then
+   from 1 on: to[rows][stride][over(w, stride)][WIDE]. So a tap finds what it sees side by side. */
 INLINE void pack_wide(const float *x, count channels, count left, float *to, count rows, count w, count stride)
 {
     for (count row = 0; row < rows; row++)
-        for (count phase = 0; phase < stride; phase++, to += up(w, stride) * WIDE) {
+        for (count phase = 0; phase < stride; phase++, to += over(w, stride) * WIDE) {
             const float *from = x + (row * w + phase) * channels;
-            count n = up(w - phase, stride), step = stride * channels;
+            count n = over(w - phase, stride), step = stride * channels;
             if (left >= WIDE)
                 for (count k = 0; k < n; k++) {
                     store(to + k * WIDE, load(from + k * step));
@@ -87,7 +87,7 @@ typedef struct { count first, last; } span;
 INLINE span seen(count tap, count stride, count padding, count size, count outputs)
 {
     count end = size - 1 + padding - tap;
-    return (span){up(most(padding - tap, 0), stride), end < 0 ? 0 : least(outputs, end / stride + 1)};
+    return (span){over(most(padding - tap, 0), stride), end < 0 ? 0 : least(outputs, end / stride + 1)};
 }
 
 /* Gradients of a convolution's weights for several losses, whose gradients at the output are those of one loss times a
@@ -101,11 +101,12 @@ int weight_gradients(const float *grad, const float *x, const float *factors, fl
                      count stride_x, count padding_y, count padding_x, int threads)
 {
     count taps = kh * kw, size = o * taps * i;
-    count positions = most(1, POSITIONS / stride_y), pieces = up(oh * ow, positions);
-    count phase_w = up(w, stride_x), packed_w = stride_x * phase_w;
-    count rows = up(oh, least(oh, pieces)), images = pieces > 1 ? 1 : least(n, positions / (oh * ow));
+    count positions = most(1, POSITIONS / stride_y), pieces = over(oh * ow, positions);
+    count phase_w = over(w, stride_x), packed_w = stride_x * phase_w;
+    count rows = over(oh, least(oh, pieces)), images = pieces > 1 ? 1 : least(n, positions / (oh * ow));
     count x_rows = pieces > 1 ? least(h, (rows - 1) * stride_y + kh) : h; /* whole images lie side by side */
-    count grad_room = images * rows * ow * up(o, SIX) * SIX + 2, x_room = images * x_rows * packed_w * up(i, WIDE) * WIDE;
+    count grad_room = images * rows * ow * over(o, SIX) * SIX;
+    count x_room = images * x_rows * packed_w * over(i, WIDE) * WIDE;
     float *packed = malloc(sizeof(float) * (grad_room + x_room)), *packed_x = packed + grad_room;
     if (!packed) return -1;
     memset(gradients, 0, sizeof(float) * losses * size);
@@ -137,7 +138,7 @@ int weight_gradients(const float *grad, const float *x, const float *factors, fl
                         const float *outputs_seen = packed + outputs * k + ((y - top) * ow + xs.first) * SIX;
                         float *found = gradients + (k * taps + tap) * i + c;
                         count group = factors ? 1 : these;
-                        eight totals[losses][SIX][2]; /* not in the gradients: their rows share a few sets of the cache */
+                        eight totals[losses][SIX][2]; /* the gradients' own rows share a few sets of the cache */
                         memset(totals, 0, sizeof totals);
                         for (count from = 0; from < these; from += group) {
                             eight sums[SIX][2] = {0};
@@ -147,7 +148,7 @@ int weight_gradients(const float *grad, const float *x, const float *factors, fl
                                              inputs_seen + (m * (x_bottom - x_top) + row * stride_y) * packed_w * WIDE,
                                              WIDE, xs.last - xs.first);
                             for (count loss = 0; loss < losses; loss++) {
-                                eight factor = all(factors ? factors[loss * n + first + from] : 1);
+                                eight factor = broadcast(factors ? factors[loss * n + first + from] : 1);
 #pragma GCC unroll 6
                                 for (int r = 0; r < SIX; r++) {
                                     totals[loss][r][0] += factor * sums[r][0];
@@ -190,8 +191,8 @@ INLINE void transform_products(const eight m[4], int outputs, eight to[3])
     else to[1] = odd, to[2] = even - m[3];
 }
 
-/* What a convolution does along each dimension. An input or output of stride 2 is seen as two phases, every second pixel
-   each, between which it does not move. Tap t of phase a is tap start + slope * a + step * t of the kernel. */
+/* What a convolution does along each dimension. An input or output of stride 2 is seen as two phases, every second
+   pixel each, between which it does not move. Tap t of phase a is tap start + slope * a + step * t of the kernel. */
 typedef struct { int taps, phases_in, phases_out, start, slope, step; } walk;
 enum { SAME, SAME_TURNED, DOWN, UP };
 static const walk WALKS[] = {{3, 1, 1, 0, 0, 1}, {3, 1, 1, 2, 0, -1}, {2, 2, 1, 0, 1, 2}, {2, 1, 2, 3, -1, -2}};
@@ -268,7 +269,7 @@ INLINE void transform_outputs(const plan *p, const float *products, const float 
         count top = out * outputs * (tile % p->image / p->across) + phase_out / out;
         count left = out * outputs * (tile % p->across) + phase_out % out;
         for (count c = 0; c < p->o; c += 8) {
-            eight half[4][3], m[4], found[3], more = bias ? load(bias + c) : all(0);
+            eight half[4][3], m[4], found[3], more = bias ? load(bias + c) : broadcast(0);
             const float *from = products + t * p->o + c;
 #pragma GCC unroll 4
             for (int column = 0; column < 4; column++) {
@@ -289,17 +290,19 @@ INLINE void transform_outputs(const plan *p, const float *products, const float 
 /* Convolutions with padding 1 of x (n, h, w, i) to y (n, y_h, y_w, o), by tiles of 4 x 4 pixels and F(2, 3) or F(3, 2).
 
    what: SAME, 3x3 with stride 1; SAME_TURNED, its gradient at the input; DOWN, 4x4 with stride 2; UP, 4x4 transposed
-   with stride 2. The tap (ky, kx) from channel a to channel b is kernel[b * kernel_o + a * kernel_i + (size * ky + kx) *
-   kernel_tap], size 3 or 4. bias: (o) or NULL. i a multiple of 8, o of 16. */
+   with stride 2 (the same numbers in convolution.py). The tap (ky, kx) from channel a to channel b is kernel[b *
+   kernel_o + a * kernel_i + (size * ky + kx) * kernel_tap], size 3 or 4. bias: (o) or NULL. i is a multiple of 8, o of
+   16. */
 int convolve(const float *x, const float *kernel, const float *bias, float *y, count n, count i, count h, count w,
              count o, count y_h, count y_w, count kernel_o, count kernel_i, count kernel_tap, int what, int threads)
 {
+    if (i % 8 || o % WIDE) return -2;
     walk go = WALKS[what];
     int outputs = 5 - go.taps, size = go.taps == 3 ? 3 : 4;
     count phases_in = go.phases_in * go.phases_in, phases_out = go.phases_out * go.phases_out;
     count depth = phases_in * i, panel = POINTS * depth * WIDE, of_phase = o * POINTS * depth;
-    count across = up(up(y_w, go.phases_out), outputs), image = across * up(up(y_h, go.phases_out), outputs);
-    count tiles = n * image, together = up(most(TILES, MEMORY / (POINTS * (depth + o))), SIX) * SIX;
+    count across = over(over(y_w, go.phases_out), outputs), image = across * over(over(y_h, go.phases_out), outputs);
+    count tiles = n * image, together = over(most(TILES, MEMORY / (POINTS * (depth + o))), SIX) * SIX;
     count step_in = together * depth + WIDE, step_out = together * o + WIDE;
     count room = POINTS * (step_in + step_out); /* of a thread: the tiles' transforms, and their products */
     plan p = {go, outputs, n, i, h, w, o, y_h, y_w, depth, across, image, together, step_in, step_out};
@@ -324,7 +327,8 @@ int convolve(const float *x, const float *kernel, const float *bias, float *y, c
                     float *to = kernels + (phases_out > 1 ? phase * of_phase : phase * i * WIDE);
                     transform_kernel(taps, go.taps, to + b / WIDE * panel + a * WIDE, depth * WIDE);
                 }
-        float *transforms = rooms + this_thread() * room, *products = transforms + POINTS * step_in; /* [point][tile][..] */
+        float *transforms = rooms + this_thread() * room; /* [point][tile][channel], as the products */
+        float *products = transforms + POINTS * step_in;
 #pragma omp for collapse(2)
         for (count phase_out = 0; phase_out < phases_out; phase_out++)
             for (count first = 0; first < tiles; first += together) {

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-INTERFACE = 1  # what convolution_interface() answers: another one was compiled from another convolution.c
+VERSION = 1  # what convolution_version() answers; raised with every change of convolution.c, so that no old one is used
 FEW = 16  # maps below which lanes of the vector units idle
+WIDE = 16  # of convolution.c: `convolve` takes multiples of it
 SAME, SAME_TURNED, DOWN, UP = range(4)  # what `convolve` of convolution.c can do
 # Tiles reach beyond the border of small images, and the transformed kernels take their time.
 SMALL = 64  # pixels of an image; or, but for DOWN,
@@ -50,19 +51,30 @@ def without_kernels() -> Iterator[None]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return None
+    return load()[0] if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
+
+
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled kernels, whatever the processor; or None and why they cannot be used."""
+    why = "there was no C compiler when cmrhpc was installed"
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        try:
-            library = ctypes.CDLL(str(Path(__file__).with_name(f"_convolution{suffix}")))
-        except OSError:  # not compiled, or for another system
+        path = Path(__file__).with_name(f"_convolution{suffix}")
+        if not path.exists():
             continue
-        if library.convolution_interface() == INTERFACE:
-            pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-            library.convolve.argtypes = [*[pointer] * 4, *[size] * 10, ctypes.c_int, ctypes.c_int]
-            library.weight_gradients.argtypes = [*[pointer] * 4, *[size] * 14, ctypes.c_int]
-            return library
-    return None
+        try:
+            library = ctypes.CDLL(str(path))
+            version = library.convolution_version()
+        except (OSError, AttributeError) as error:  # for another system, or with another OpenMP than torch's
+            why = str(error)
+            continue
+        if version != VERSION:
+            why = f"{path.name} was compiled from another convolution.c"
+            continue
+        pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+        library.convolve.argtypes = [*[pointer] * 4, *[size] * 10, ctypes.c_int, ctypes.c_int]
+        library.weight_gradients.argtypes = [*[pointer] * 4, *[size] * 14, ctypes.c_int]
+        return library, ""
+    return None, why
 
 
 def quick_convolutions(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -92,13 +104,16 @@ class Shape:
 
 
 def _pair(value: Any) -> list[int]:
-    return list(value) if isinstance(value, tuple | list) else [value, value]
+    values = list(value) if isinstance(value, tuple | list) else [value]
+    return values * 2 if len(values) == 1 else values
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
     """(N, I, H, W) -> (N, O, H', W')."""
     kind = shape.kind(weight, gradient=False)
-    if kind is None or not _suits_kind(kind, x, weight):
+    maps = weight.shape[1 if shape.transposed else 0]
+    fits = bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == (maps,))
+    if kind is None or not fits or not _suits_kind(kind, x, weight, maps_first=not shape.transposed):
         return torch.convolution(x, weight, bias, *shape.fixed)
     double, half = [2 * size for size in x.shape[2:]], [size // 2 for size in x.shape[2:]]
     sizes = double if kind == UP else half if kind == DOWN else x.shape[2:]
@@ -108,7 +123,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Te
 def input_gradient(grad_output: Tensor, x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """Gradient at x (N, I, H, W) for grad_output (N, O, H', W')."""
     kind = shape.kind(weight, gradient=True)
-    if kind is not None and _suits_kind(kind, grad_output, weight):
+    if kind is not None and _suits_kind(kind, grad_output, weight, maps_first=shape.transposed):
         return _convolve(kind, grad_output, weight, None, x.shape[2:], maps_first=shape.transposed)
     mask = [True, False, False]
     return torch.ops.aten.convolution_backward(grad_output, x, weight, None, *shape.fixed, mask)[0]
@@ -153,7 +168,8 @@ def _convolve(
     assert library is not None
     x, weight = _channels_last(x), _channels_last(weight)
     maps, taps, second = weight.shape[0 if maps_first else 1], weight[0, 0].numel(), weight.shape[1]
-    y = torch.empty((len(x), maps, *sizes), memory_format=torch.channels_last)
+    y = torch.empty((len(x), maps, *sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
     steps = (taps * second, 1, second) if maps_first else (1, taps * second, second)
     pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     _check(library.convolve(*pointers, *x.shape, *y.shape[1:], *steps, kind, torch.get_num_threads()))
@@ -161,8 +177,9 @@ def _convolve(
 
 
 def _check(result: int) -> None:
-    if result:
+    if result == -1:
         raise MemoryError("no memory for a convolution")
+    assert result == 0
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -170,16 +187,17 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or kernels() is None:
+    if kernels() is None or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x, weight)):
         return False
     layout = torch.channels_last
     return len(x) > 0 and (x.is_contiguous(memory_format=layout) or weight.is_contiguous(memory_format=layout))
 
 
-def _suits_kind(kind: int, x: Tensor, weight: Tensor) -> bool:
+def _suits_kind(kind: int, x: Tensor, weight: Tensor, maps_first: bool) -> bool:
     positions = x.shape[2] * x.shape[3] // (4 if kind == DOWN else 1)
     large = positions >= SMALL or (kind != DOWN and len(x) * positions >= SMALL_BATCH)
-    return large and all(channels % 16 == 0 for channels in weight.shape[:2]) and _suits(x, weight)
+    fits = x.shape[1] == weight.shape[1 if maps_first else 0] and min(x.shape[2:]) > 1
+    return fits and large and all(channels % WIDE == 0 for channels in weight.shape[:2]) and _suits(x, weight)
 
 
 class _Convolution(torch.autograd.Function):
@@ -216,24 +234,29 @@ class _QuickConvolutions(TorchFunctionMode):
 
 
 def _conv2d(
-    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Tensor | None:
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:  # fmt: skip
     if isinstance(padding, str) or groups != 1 or _pair(dilation) != [1, 1]:
         return None
-    return _convolution(x, weight, bias, Shape(stride, padding, False))
+    return _convolution(input, weight, bias, Shape(stride, padding, False))
 
 
 def _conv_transpose2d(
-    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
     groups: int = 1, dilation: Any = 1,
 ) -> Tensor | None:  # fmt: skip
     if groups != 1 or _pair(dilation) != [1, 1] or _pair(output_padding) != [0, 0]:
         return None
-    return _convolution(x, weight, bias, Shape(stride, padding, True))
+    return _convolution(input, weight, bias, Shape(stride, padding, True))
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor | None:
-    if x.dim() != 4 or torch.is_autocast_enabled("cpu") or not suits_weight_gradients(x, weight):
+    """None, for PyTorch's own, where the kernels do not suit, and for tensors that only stand for others."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if x.dim() != 4 or torch.is_autocast_enabled("cpu") or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        return None
+    if not suits_weight_gradients(x, weight):
         return None
     if not torch.is_grad_enabled():
         return convolve(x, weight, bias, shape) if shape.kind(weight, gradient=False) is not None else None

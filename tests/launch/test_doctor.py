@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -76,14 +77,13 @@ def test_every_package_that_is_asked_for_is_looked_at() -> None:
 
 
 def test_what_pip_could_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "cmrhpc"
-    (package / "nets").mkdir(parents=True)
-    monkeypatch.setattr(doctor, "__file__", str(package / "doctor.py"))
-    told = found(doctor.findings(), "convolutions for CPUs were not compiled")
+    shutil.copytree(ROOT / "cmrhpc", tmp_path / "cmrhpc", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = found(doctor.findings(), "convolutions for CPUs cannot be used: there was no C compiler")
     assert (told["ok"], told["needed"]) == (False, False)
     assert "install a C compiler" in told["mend"]
-    (package / "nets" / "_convolution.abi3.so").touch()
-    assert found(doctor.findings(), "convolutions for CPUs are compiled")["ok"]
+    (tmp_path / "cmrhpc" / "nets" / "_convolution.abi3.so").write_text("of another system")
+    assert not found(doctor.findings(), "_convolution.abi3.so")["ok"]
 
 
 # The lists of torch 2.15 for CUDA 13 and of torch 2.6 for CUDA 12.4.

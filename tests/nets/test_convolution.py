@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
+import hashlib
 import mmap
 import random
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,33 +37,57 @@ CPU = torch.device("cpu")
 def _needs_kernels() -> Iterator[None]:
     if torch.backends.cpu.get_cpu_capability() != "AVX2":
         pytest.skip(f"the kernels are for AVX2, this is {torch.backends.cpu.get_cpu_capability()}")
-    if not shutil.which("cc") and not shutil.which("gcc"):
-        pytest.skip("no C compiler when cmrhpc was installed: apt install gcc")
-    assert convolution.kernels(), "they were not compiled, though there is a compiler"
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler}, with which pip compiles for this Python, is not installed")
+    assert convolution.load()[0], convolution.load()[1]
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[Any]:
+    """How often the kernels ran: by the number of `convolve`, and "weights"."""
+    counts: collections.Counter[Any] = collections.Counter()
+    convolve, weight = convolution._convolve, convolution.weight_gradients
+
+    def counted_convolve(kind: int, *rest: Any, **more: Any) -> Tensor:
+        counts[kind] += 1
+        return convolve(kind, *rest, **more)
+
+    def counted_weight(*arguments: Any) -> Tensor:
+        counts["weights"] += 1
+        return weight(*arguments)
+
+    monkeypatch.setattr(convolution, "_convolve", counted_convolve)
+    monkeypatch.setattr(convolution, "weight_gradients", counted_weight)
+    return counts
+
+
 def close(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool(
-        (found - wanted).abs().max() <= 4e-6 * wanted.abs().max().clamp(min=1e-3)
+        (found - wanted).abs().max() <= 2e-5 * wanted.abs().max().clamp(min=1e-3)
     )
 
 
-def case(number: int) -> tuple[Tensor, Tensor, Tensor | None, dict, bool] | None:
-    """x, weight, bias, stride and padding, transposed: of odd sizes and layouts; None where nothing would come out."""
+def case(number: int) -> tuple[Tensor, Tensor, Tensor | None, dict, bool]:
+    """x, weight, bias, stride and padding, transposed: of odd sizes and layouts. Every second one has tiles."""
     draw = random.Random(number)
     torch.manual_seed(number)
-    kernel = draw.choice([(3, 3), (3, 3), (4, 4), (4, 4), (1, 1), (1, 3), (5, 2), (6, 6)])
-    own = draw.random() < 0.6  # what has tiles
-    stride = (1 if kernel == (3, 3) else 2) if own else draw.choice([1, 2, (2, 1), 3])
-    padding = 1 if own else draw.choice([1, 0, 2, (1, 2)])
-    transposed = draw.random() < 0.4
-    maps, channels = (draw.choice([16, 17, 24, 32, 48]) for _ in range(2))
-    x = torch.randn(draw.randint(1, 9), channels, draw.randint(1, 23), draw.randint(1, 23))
+    if number % 2:
+        kernel = draw.choice([(3, 3), (4, 4)])
+        stride, padding = 1 if kernel == (3, 3) else 2, 1
+        transposed = kernel == (4, 4) and draw.random() < 0.5
+        (maps, channels), sides = (draw.choice([16, 32, 48]) for _ in range(2)), (6, 41)
+    else:
+        kernel = draw.choice([(3, 3), (4, 4), (1, 1), (1, 3), (5, 2), (6, 6)])
+        stride, padding = draw.choice([1, 2, (2, 1), (3,)]), draw.choice([1, 0, 2, (1, 2)])
+        transposed = draw.random() < 0.4
+        (maps, channels), sides = (draw.choice([16, 17, 24, 32, 48]) for _ in range(2)), (1, 23)
+    x = torch.randn(draw.randint(1, 7), channels, draw.randint(*sides), draw.randint(*sides))
     weight = torch.randn(*((channels, maps) if transposed else (maps, channels)), *kernel)
-    bias = torch.randn(maps) if draw.random() < 0.5 else None
+    bias = torch.randn(2 * maps)[:: draw.choice([1, 2])][:maps] if draw.random() < 0.5 else None
     if draw.random() < 0.7:
         x = x.contiguous(memory_format=torch.channels_last)
     if draw.random() < 0.7:
@@ -65,10 +95,9 @@ def case(number: int) -> tuple[Tensor, Tensor, Tensor | None, dict, bool] | None
     return x, weight, bias, {"stride": stride, "padding": padding}, transposed
 
 
-@pytest.mark.parametrize("first", range(0, 400, 50))
-def test_values_and_gradients_are_those_of_pytorch(first: int) -> None:
-    by_kernels = 0
-    for number in range(first, first + 50):
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_values_and_gradients_are_those_of_pytorch(first: int, done: collections.Counter[Any]) -> None:
+    for number in range(first, first + 100):
         x, weight, bias, how, transposed = case(number)
         call = F.conv_transpose2d if transposed else F.conv2d
         wide = [v.double().requires_grad_() for v in (x, weight, bias) if v is not None]
@@ -83,11 +112,95 @@ def test_values_and_gradients_are_those_of_pytorch(first: int) -> None:
             found = call(*leaves, **how)
             grad_output = torch.randn_like(found)
             gradients = torch.autograd.grad(found, leaves, grad_output)
-        by_kernels += type(found.grad_fn).__name__ == "_ConvolutionBackward"
+            with torch.no_grad():
+                assert close(call(*leaves, **how), wanted), number
         assert close(found, wanted), number
         for a, b in zip(gradients, torch.autograd.grad(wanted, wide, grad_output.double()), strict=True):
             assert close(a, b), number
-    assert by_kernels > 20
+    assert all(done[kind] >= 5 for kind in range(4))
+    assert done["weights"] >= 50
+
+
+@pytest.mark.parametrize(
+    ("n", "channels", "maps", "size", "kernel", "stride", "transposed"),
+    [
+        (5, 64, 32, (80, 80), 3, 1, False),
+        (16, 32, 64, (20, 20), 3, 1, False),
+        (33, 128, 128, (5, 5), 3, 1, False),
+        (5, 32, 64, (47, 45), 4, 2, False),
+        (3, 64, 32, (21, 40), 4, 2, True),
+        (16, 64, 64, (40, 40), 3, 2, False),
+    ],
+)
+def test_sizes_of_real_networks(
+    n: int,
+    channels: int,
+    maps: int,
+    size: tuple[int, int],
+    kernel: int,
+    stride: int,
+    transposed: bool,
+    done: collections.Counter[Any],
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(*((channels, maps) if transposed else (maps, channels)), kernel, kernel)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (torch.randn(n, channels, *size), weight))
+    call = F.conv_transpose2d if transposed else F.conv2d
+    wide = [v.double().requires_grad_() for v in (x, weight)]
+    wanted = call(*wide, stride=stride, padding=1)
+    grad_output = torch.randn(wanted.shape)
+    with quick_convolutions(CPU):
+        found = call(x.requires_grad_(), weight.requires_grad_(), stride=stride, padding=1)
+        gradients = torch.autograd.grad(found, [x, weight], grad_output)
+    for a, b in zip(
+        [found, *gradients], [wanted, *torch.autograd.grad(wanted, wide, grad_output.double())], strict=True
+    ):
+        assert close(a, b)
+    assert done["weights"] == 1
+    assert sum(done[kind] for kind in range(4)) == (0 if (kernel, stride) == (3, 2) else 2)
+
+
+@pytest.mark.parametrize("of", [0, 1, 2])
+def test_one_gradient_alone(of: int) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 16, 9, 9), torch.randn(32, 16, 3, 3), torch.randn(32)]
+    leaves[of].requires_grad_()
+    with quick_convolutions(CPU):
+        (found,) = torch.autograd.grad(F.conv2d(*leaves, padding=1).sin().sum(), leaves[of])
+    wide = [leaf.detach().double() for leaf in leaves]
+    wide[of].requires_grad_()
+    (wanted,) = torch.autograd.grad(F.conv2d(*wide, padding=1).sin().sum(), wide[of])
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+def test_what_they_do_not_take_is_pytorchs() -> None:
+    """Its values, and its errors: nothing reaches C that C would read beyond."""
+    x, weight = torch.ones(2, 32, 16, 16), torch.ones(32, 32, 3, 3)
+    wrong = (
+        {"weight": torch.ones(32, 48, 3, 3)},
+        {"input": torch.ones(2, 20, 16, 16)},
+        {"bias": torch.ones(16)},
+        {"bias": torch.ones(32, dtype=torch.float64)},
+        {"weight": torch.ones(32, 32, 4, 4), "input": torch.ones(2, 32, 1, 256), "stride": 2},
+    )
+    for change in wrong:
+        arguments = {"input": x, "weight": weight, "padding": 1} | change
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            F.conv2d(**arguments)
+        with pytest.raises((RuntimeError, NotImplementedError)), quick_convolutions(CPU):
+            F.conv2d(**arguments)
+    assert not suits_weight_gradients(x, weight.to("meta"))
+    wanted = F.conv2d(x, weight, torch.full((1,), 0.5).expand(32), padding=1)
+    for name in ("default", "bfloat16", "float64"):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, name) if name != "default" else before)
+        try:
+            with quick_convolutions(CPU):
+                found = F.conv2d(input=x, weight=weight, bias=torch.full((1,), 0.5).float().expand(32), padding=1)
+        finally:
+            torch.set_default_dtype(before)
+        assert found.dtype == torch.float32
+        assert close(found, wanted)
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
@@ -162,7 +275,7 @@ def test_a_generation_is_that_of_pytorchs_convolutions(kind: str) -> None:
         g, d = (network.to(memory_format=torch.channels_last) for network in (g, d))  # type: ignore[call-overload]
         evolution = Evolution(g, d, gamma=0.3, workers=2)
         draws = small.draws(torch.Generator().manual_seed(1), dtype=torch.float32, mixup=False, passes=1, size=32)
-        with convolution.without_kernels() if hidden else quick_convolutions(torch.device("meta")):
+        with convolution.without_kernels() if hidden else contextlib.nullcontext():
             outcomes.append(evolution.generation(draws))
         parents.append(evolution.first)  # the gradient, times 1 - beta
     assert outcomes[0].order.tolist() == outcomes[1].order.tolist()
@@ -173,10 +286,16 @@ def test_a_generation_is_that_of_pytorchs_convolutions(kind: str) -> None:
     assert float((parents[0] - parents[1]).abs().max() / parents[1].abs().max()) < 1e-4
 
 
-def test_kernels_of_another_interface_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_another_version_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone that was brought up to date and not installed again holds those of its old source."""
-    monkeypatch.setattr(convolution, "INTERFACE", convolution.INTERFACE + 1)
-    assert convolution._library.__wrapped__() is None
+    monkeypatch.setattr(convolution, "VERSION", convolution.VERSION + 1)
+    assert convolution.load() == (None, "_convolution.abi3.so was compiled from another convolution.c")
+
+
+def test_every_change_of_the_kernels_has_a_version() -> None:
+    """When this fails: raise the version in convolution.c and convolution.py, and write both down here."""
+    source = Path(convolution.__file__).with_name("convolution.c").read_bytes()
+    assert (convolution.VERSION, hashlib.sha256(source).hexdigest()[:16]) == (1, "f1062e63567782f5")
 
 
 def guarded(shape: tuple[int, ...], end: bool) -> Tensor:
@@ -202,19 +321,26 @@ def test_nothing_outside_of_the_arguments_is_touched(end: bool) -> None:
 
 
 def touch(end: bool) -> None:
-    for size, stride, transposed in ((3, 1, False), (4, 2, False), (4, 2, True), (5, 2, False), (3, 2, True)):
-        for n, channels, maps, height, width in (
-            (1, 16, 32, 8, 9),
-            (3, 16, 16, 11, 8),
-            (5, 48, 16, 9, 21),
-            (2, 17, 22, 9, 9),
-        ):
-            x = guarded((n, channels, height, width), end).normal_()
-            weight = guarded(
-                (channels, maps, size, size) if transposed else (maps, channels, size, size), end
-            ).normal_()
-            call = F.conv_transpose2d if transposed else F.conv2d
-            with quick_convolutions(CPU):
-                y = call(x.requires_grad_(), weight.requires_grad_(), stride=stride, padding=1)
-                torch.autograd.grad(y, [x, weight], guarded(tuple(y.shape), end).normal_())
+    """Every function with all its arguments, also those that it writes, at the edge of what it may touch."""
+    library = convolution.kernels()
+    assert library
+    sizes = ((1, 16, 32, 8, 9), (3, 16, 16, 11, 8), (5, 48, 16, 9, 21), (2, 17, 22, 9, 9))
+    for kernel, stride in ((3, 1), (4, 2), (5, 2), (3, 2)):
+        for n, channels, maps, height, width in sizes:
+            y_size = [(side + 2 - kernel) // stride + 1 for side in (height, width)]
+            x, y = guarded((n, channels, height, width), end).normal_(), guarded((n, maps, *y_size), end).normal_()
+            weight, bias = guarded((maps, channels, kernel, kernel), end).normal_(), guarded((1, maps, 1, 1), end)
+            factors, found = guarded((2, n, 1, 1), end).normal_(), guarded((2 * maps, channels, kernel, kernel), end)
+            shape = (maps, *y_size, channels, height, width, kernel, kernel, stride, stride, 1, 1)
+            pointers = [t.data_ptr() for t in (y, x, factors, found)]
+            assert library.weight_gradients(*pointers, 2, n, *shape, 2) == 0
+            if channels % 16 or maps % 16 or (kernel, stride) not in ((3, 1), (4, 2)):
+                continue
+            there, back = (0, 1) if kernel == 3 else (2, 3)
+            steps = (kernel * kernel * channels, 1, channels)
+            pointers = [t.data_ptr() for t in (x, weight, bias, y)]
+            assert library.convolve(*pointers, *x.shape, *y.shape[1:], *steps, there, 2) == 0
+            steps = (1, kernel * kernel * channels, channels)
+            pointers = [y.data_ptr(), weight.data_ptr(), None, x.data_ptr()]
+            assert library.convolve(*pointers, *y.shape, *x.shape[1:], *steps, back, 2) == 0
     print("done")
