@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmrhpc.nets.convolution import without_kernels
 from cmrhpc.nets.dae_gan import residual_pair
 from cmrhpc.nets.dcgan import dcgan_pair
 from cmrhpc.nets.simgan import simgan_pair
@@ -36,6 +37,13 @@ from cmrhpc.train.refine import HistoryBuffer, Rows, Updates
 from tests.train import small
 
 PAIRS = {"residual": residual_pair, "dcgan": dcgan_pair}
+
+
+@pytest.fixture(autouse=True)
+def _pytorchs_convolutions() -> Iterator[None]:
+    """As on a GPU: a recording sees PyTorch's operations alone."""
+    with without_kernels():
+        yield
 
 
 def recording(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
