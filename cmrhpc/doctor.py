@@ -59,7 +59,7 @@ def _kernels() -> Finding:
     code = "from cmrhpc.nets.convolution import load; print(load()[1])"
     answer = ask([sys.executable, "-P", "-c", code], seconds=60)
     why = answer.out.strip() if answer.code == 0 else "torch does not load"
-    mend = "trainings on CPUs with AVX2 take a fifth longer; install a C compiler, then pip install again"
+    mend = "trainings on CPUs with AVX2 take up to a fifth longer; install a C compiler, then pip install again"
     what = f"cannot be used: {why}" if why else "are compiled"
     return finding(not why, f"convolutions for CPUs {what}", mend, needed=False)
 

@@ -256,7 +256,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if x.dim() != 4 or torch.is_autocast_enabled("cpu") or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
         return None
-    if not suits_weight_gradients(x, weight):
+    if weight[0, 0].numel() == 1 or not suits_weight_gradients(x, weight):  # PyTorch's 1x1 are as quick
         return None
     if not torch.is_grad_enabled():
         return convolve(x, weight, bias, shape) if shape.kind(weight, gradient=False) is not None else None

@@ -138,6 +138,6 @@ def classify(context: Context) -> None:
         },
         companions={".jsonl": log.text().encode()},
         # For reading this folder alone; not content, because other settings of the study do not decide this result.
-        info=about(study.compute, device) | {"study": canonical(study.to_share())},
+        info=about(study.compute, device, own_convolutions=False) | {"study": canonical(study.to_share())},
     )
     checkpoints(context).clear()

@@ -37,10 +37,10 @@ def choose_device(compute: Compute) -> torch.device:
     return device
 
 
-def about(compute: Compute, device: torch.device) -> dict[str, str]:
-    """What a shard tells of the arithmetic that made it."""
+def about(compute: Compute, device: torch.device, own_convolutions: bool = True) -> dict[str, str]:
+    """What a shard tells of the arithmetic that made it. own_convolutions: whether the task takes our kernels."""
     from cmrhpc.nets.convolution import kernels
     from cmrhpc.train.compute import uses_bfloat16
 
-    own = ", own convolutions" if device.type == "cpu" and kernels() else ""
+    own = ", own convolutions" if own_convolutions and device.type == "cpu" and kernels() else ""
     return {"device": str(device), "arithmetic": "bfloat16" if uses_bfloat16(compute, device) else f"float32{own}"}

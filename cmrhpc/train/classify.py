@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from cmrhpc.errors import BadInput, CmrhpcError
 from cmrhpc.nets.classifiers import build_classifier
-from cmrhpc.nets.convolution import quick_convolutions
 from cmrhpc.study import Classifier, Compute
 from cmrhpc.train.checkpoint import Checkpoints, or_anew, stop_here
 from cmrhpc.train.compute import autocast, sent, setup_compute
@@ -165,8 +164,7 @@ class Training:
 
     def step(self, index: Tensor) -> Tensor:
         """One step on the images of `index` (batch,); returns their loss ()."""
-        with quick_convolutions(self.device):
-            return (self.recorded or self._step)(sent(index, self.device))
+        return (self.recorded or self._step)(sent(index, self.device))
 
     def state(self) -> list[Tensor]:
         """Everything that a step changes, the same memory from the second one on."""
